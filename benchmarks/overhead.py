@@ -1,0 +1,346 @@
+"""What logging the loss at every step costs the training loop, beside other ways to log it.
+
+Every row trains the same 784-64-64-10 network with Adam on 938 batches of 64 samples. Timed is the loop
+alone: data, model, optimizer and run exist before the clock starts. "delivered" goes on until every point
+is on the server, and the history is then read back and counted, untimed.
+
+Each row has had a short discarded repetition before the first timed one: torch is warm, the server has
+answered, and the sender process of `tracked`, which imports MLflow once, is running.
+
+Run it on an idle machine: two processes that each keep two threads busy on two cores slow a loop of small
+steps tenfold and more, because its threads wait for one another. `OMP_NUM_THREADS=1` takes that out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from benchmarks.measure import (
+    Comparison,
+    Row,
+    check_delivered,
+    failed,
+    fresh_process,
+    in_turn,
+    machine,
+    median_ratio,
+    mlflow_server,
+    table,
+)
+from experiments.mnist import SimpleNet
+
+STEPS = 938
+WARM_UP_STEPS = 20
+BATCH = 64
+NO_CHECKPOINT_IN_BETWEEN = "1000000 steps"
+
+
+class Timing(NamedTuple):
+    """Seconds from the loop's start to its end, and until every point was on the server."""
+
+    loop: float
+    delivered: float
+
+
+@functools.lru_cache(maxsize=2)
+def samples(steps: int) -> TensorDataset:
+    """`steps` batches of MNIST's shape: float32 [784] in [0, 1), int64 labels below 10."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(steps * BATCH, 784, generator=generator)
+    return TensorDataset(images, torch.randint(10, (steps * BATCH,), generator=generator))
+
+
+def built() -> tuple[SimpleNet, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = SimpleNet()
+    return model, torch.optim.Adam(model.parameters(), lr=1e-3)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+    optimizer.zero_grad()
+    loss = functional.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def now() -> float:
+    """The clock, after a collection, so that no row pays for another's garbage."""
+    gc.collect()
+    return time.perf_counter()
+
+
+def hand_written(steps: int) -> Timing:
+    data, (model, optimizer) = samples(steps), built()
+    loader = DataLoader(data, batch_size=BATCH, shuffle=True)
+    start = now()
+    for x, y in loader:
+        train_step(model, optimizer, x, y)
+    loop = time.perf_counter() - start
+    return Timing(loop, loop)
+
+
+def bare(steps: int) -> Timing:
+    from tracked.data import Batches
+
+    data, (model, optimizer) = samples(steps), built()
+    batches = Batches(data, batch_size=BATCH, seed=0)
+    start = now()
+    for x, y in batches.epoch(0):
+        train_step(model, optimizer, x, y)
+    loop = time.perf_counter() - start
+    return Timing(loop, loop)
+
+
+def tracked_own_loop(steps: int, address: str, spool: Path) -> Timing:
+    import tracked
+
+    data, (model, optimizer) = samples(steps), built()
+    with tracked.start(
+        "bench",
+        {"lr": 1e-3},
+        tracking_uri=address,
+        seed=0,
+        spool_dir=spool,
+        checkpoint_every=NO_CHECKPOINT_IN_BETWEEN,
+        progress=False,
+    ) as run:
+        run.attach(model=model, optimizer=optimizer)
+        start = now()
+        for x, y in run.batches(data, batch_size=BATCH, epochs=1):
+            run.log({"train/loss": train_step(model, optimizer, x, y)})
+        loop = time.perf_counter() - start
+    delivered = time.perf_counter() - start
+    check_delivered(address, run.id, "train/loss", steps)
+    return Timing(loop, delivered)
+
+
+def mlflow_by_hand(steps: int, address: str, synchronous: bool) -> Timing:
+    import mlflow
+
+    mlflow.set_tracking_uri(address)
+    mlflow.set_experiment("bench")
+    data, (model, optimizer) = samples(steps), built()
+    loader = DataLoader(data, batch_size=BATCH, shuffle=True)
+    with mlflow.start_run() as run:
+        start = now()
+        for step, (x, y) in enumerate(loader, 1):
+            loss = train_step(model, optimizer, x, y)
+            mlflow.log_metric("train/loss", loss.item(), step=step, synchronous=synchronous)
+        loop = time.perf_counter() - start
+        delivered = loop
+        if not synchronous:
+            mlflow.flush_async_logging()
+            delivered = time.perf_counter() - start
+    check_delivered(address, run.info.run_id, "train/loss", steps)
+    return Timing(loop, delivered)
+
+
+def lightning(steps: int, address: str) -> Timing:
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.optimizer = built()
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            x, y = batch
+            loss = functional.cross_entropy(self.net(x), y)
+            self.log("train/loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.optimizer
+
+    class Clock(pl.Callback):
+        start = end = 0.0
+
+        def on_train_start(self, *_: object) -> None:
+            self.start = now()
+
+        def on_train_end(self, *_: object) -> None:
+            self.end = time.perf_counter()
+
+    clock = Clock()
+    logger = MLFlowLogger(experiment_name="bench", tracking_uri=address)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        logger=logger,
+        log_every_n_steps=1,
+        callbacks=[clock],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), DataLoader(samples(steps), batch_size=BATCH, shuffle=True))
+    assert logger.run_id is not None
+    check_delivered(address, logger.run_id, "train/loss", steps)
+    return Timing(clock.end - clock.start, clock.end - clock.start)
+
+
+def hugging_face(steps: int, address: str) -> Timing:
+    import mlflow
+    import transformers
+
+    class Rows(Dataset[dict[str, Tensor]]):
+        def __len__(self) -> int:
+            return len(samples(steps))
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            x, y = samples(steps)[index]
+            return {"x": x, "labels": y}
+
+    class WithLoss(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.net(x)
+            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+    class Clock(transformers.TrainerCallback):
+        start = end = 0.0
+
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            self.start = now()
+
+        def on_train_end(self, *_: object, **__: object) -> None:
+            self.end = time.perf_counter()
+
+    os.environ["MLFLOW_TRACKING_URI"] = address
+    mlflow.set_tracking_uri(address)
+    mlflow.set_experiment("bench")
+    clock, (model, optimizer) = Clock(), built()
+    with tempfile.TemporaryDirectory() as directory, mlflow.start_run() as run:
+        trainer = transformers.Trainer(
+            WithLoss(model),
+            transformers.TrainingArguments(
+                output_dir=directory,
+                num_train_epochs=1,
+                per_device_train_batch_size=BATCH,
+                logging_steps=1,
+                report_to=["mlflow"],
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+                max_grad_norm=0.0,
+                remove_unused_columns=False,
+            ),
+            train_dataset=Rows(),
+            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
+            callbacks=[clock],
+        )
+        # It prints every logged loss.
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        mlflow.flush_async_logging()
+        delivered = time.perf_counter() - clock.start
+    check_delivered(address, run.info.run_id, "loss", steps)
+    return Timing(clock.end - clock.start, delivered)
+
+
+def measure(repeat: int, repeat_others: int, workers: int, only: Sequence[str] = ()) -> list[Row]:
+    """All rows, or those named in `only`, each measured `repeat` times (other loggers: `repeat_others`)."""
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        directory = Path(name)
+        address = stack.enter_context(mlflow_server(directory / "server", workers))
+
+        def apart(function: Callable[..., Timing], *arguments: object) -> Callable[[int], Timing]:
+            # A process each: what a library imports, patches or leaves running must cost no other row.
+            pool = stack.enter_context(fresh_process())
+            return lambda steps: pool.submit(function, steps, *arguments).result()
+
+        ours: dict[str, Callable[[int], Timing]] = {
+            "hand-written": hand_written,
+            "bare": bare,
+            "tracked": lambda steps: tracked_own_loop(steps, address, directory / "spool"),
+        }
+        others: dict[str, Callable[[int], Timing]] = {
+            "mlflow-sync": apart(mlflow_by_hand, address, True),
+            "mlflow-async": apart(mlflow_by_hand, address, False),
+            "lightning": apart(lightning, address),
+            "hugging-face": apart(hugging_face, address),
+        }
+        chosen = {name: call for name, call in {**ours, **others}.items() if not only or name in only}
+        for call in chosen.values():
+            call(WARM_UP_STEPS)
+        timings = in_turn(
+            {name: functools.partial(call, STEPS) for name, call in chosen.items()},
+            {name: repeat if name in ours else repeat_others for name in chosen},
+        )
+    return _rows(timings)
+
+
+TITLES = {
+    "hand-written": "hand-written loop, plain `DataLoader`, nothing logged",
+    "bare": "bare loop on `tracked.data.Batches`, nothing logged",
+    "tracked": "`tracked.start`, loss logged at every step",
+    "mlflow-sync": "hand-written + `mlflow.log_metric`",
+    "mlflow-async": "hand-written + `mlflow.log_metric(synchronous=False)`",
+    "lightning": "Lightning + `MLFlowLogger`",
+    "hugging-face": "Hugging Face `Trainer` + its MLflow callback",
+}
+Limits = dict[str, float | None]  # by the name of the row to compare with
+LOOP: dict[str, Limits] = {"tracked": {"bare": 1.02, "hand-written": 1.00}}
+DELIVERY: dict[str, Limits] = {"tracked": {"hand-written": 1.25}}
+OTHERWISE: Limits = {"hand-written": None}
+
+
+def _rows(timings: dict[str, list[Timing]]) -> list[Row]:
+    loops = {name: [timing.loop for timing in found] for name, found in timings.items()}
+    delivered = {name: [timing.delivered for timing in found] for name, found in timings.items()}
+    rows = []
+    for name in timings:
+        compared = _compared(name, loops[name], loops, LOOP.get(name, OTHERWISE))
+        rows.append(Row(TITLES[name], loops[name], comparisons=compared))
+        if delivered[name] != loops[name]:
+            compared = _compared(name, delivered[name], loops, DELIVERY.get(name, OTHERWISE))
+            rows.append(Row("… until all points are on the server", delivered[name], comparisons=compared))
+    return rows
+
+
+def _compared(
+    name: str, values: Sequence[float], loops: dict[str, list[float]], limits: Limits
+) -> list[Comparison]:
+    return [
+        Comparison(base, median_ratio(values, loops[base]), limit)
+        for base, limit in limits.items()
+        if base in loops and base != name
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser.add_argument("--repeat", type=int, default=5, help="repetitions of our own rows")
+    parser.add_argument("--repeat-others", type=int, default=5, help="repetitions of other loggers")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes of the MLflow server")
+    parser.add_argument("--only", nargs="+", choices=TITLES, default=(), help="measure these rows alone")
+    options = parser.parse_args(arguments)
+    where = f"{machine()}; MLflow server with {options.workers} worker(s)"
+    rows = measure(options.repeat, options.repeat_others, options.workers, options.only)
+    print(f"{where}\n\n{table(rows)}")
+    return 1 if failed(rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Fixtures that several test files share: MLflow servers."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import MlflowServer, end_group
+
+_SHARED = "shared-server.json"
+
+
+@pytest.fixture(scope="session")
+def server_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of one MLflow server for the session, which the workers of pytest-xdist share.
+
+    The first to ask starts it; `pytest_unconfigure` ends it, in the process that outlives the workers.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (folder / _SHARED).open("a+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        file.seek(0)
+        known = file.read()
+        if known:
+            uri: str = json.loads(known)["uri"]
+            return uri
+        server = MlflowServer(folder / "shared-server")
+        server.launch()
+        # Written before it answers, so that a Ctrl-C in between leaves nothing behind.
+        json.dump({"uri": server.uri, "group": server.group}, file)
+        file.flush()
+        server.wait_until_healthy()
+    return server.uri
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the shared server, also after Ctrl-C."""
+    factory: pytest.TempPathFactory | None = getattr(config, "_tmp_path_factory", None)
+    if hasattr(config, "workerinput") or factory is None:
+        return
+    shared = factory.getbasetemp() / _SHARED
+    if shared.exists() and (known := shared.read_text()):
+        end_group(json.loads(known)["group"], signal.SIGKILL)
+        shared.unlink()
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[MlflowServer]:
+    """An MLflow server for one test, which starts, stops and kills it as it likes."""
+    server = MlflowServer(tmp_path / "own-server")
+    yield server
+    server.kill()

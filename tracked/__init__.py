@@ -1,0 +1,36 @@
+"""Experiment tracking around MLflow: kill it anywhere, resume it by run ID.
+
+Nothing heavy is imported until it is used: `import tracked` takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tracked.errors import TrackedError
+    from tracked.experiment import Task
+    from tracked.tracking import Paused, Run
+    from tracked.training import fit, start
+    from tracked.training import resume_run as resume
+
+__version__ = "0.1.0"
+__all__ = ["Paused", "Run", "Task", "TrackedError", "fit", "resume", "start"]
+
+_HOMES = {
+    "Paused": ("tracked.tracking", "Paused"),
+    "Run": ("tracked.tracking", "Run"),
+    "Task": ("tracked.experiment", "Task"),
+    "TrackedError": ("tracked.errors", "TrackedError"),
+    "fit": ("tracked.training", "fit"),
+    "resume": ("tracked.training", "resume_run"),
+    "start": ("tracked.training", "start"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tracked' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)

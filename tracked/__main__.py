@@ -1,0 +1,6 @@
+"""`python -m tracked`: the command line."""
+
+from tracked.cli import main
+
+if __name__ == "__main__":
+    main()

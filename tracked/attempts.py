@@ -1,0 +1,357 @@
+"""Who may write a run: a fresh one, or one taken over from an attempt that is over or dead.
+
+The order of taking over is the proof that two processes never write one run, and that nothing an
+earlier attempt journaled is lost: lock on this machine, drain its spool, watch the heartbeat,
+claim the attempt by a param that can be written once, and only then read checkpoint and history.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tracked import sender, spool
+from tracked.checkpoint import FILE, folder_name, load, step_of
+from tracked.errors import (
+    CheckpointError,
+    NoSuchRun,
+    RecordRejected,
+    RunNotFound,
+    RunNotResumable,
+    RunTaken,
+    ServerUnavailable,
+)
+from tracked.names import (
+    ATTEMPT,
+    CHECKPOINT,
+    COMMAND,
+    HANDLE,
+    HEARTBEAT,
+    HOLDER,
+    STATE,
+    STOP_REASON,
+    attempt_param,
+    newest_attempt,
+)
+from tracked.place import Place
+from tracked.points import Replay
+from tracked.spool import Lock, Outbox, RunFolder, read_json
+from tracked.tracking import Attempt, host_and_process
+
+if TYPE_CHECKING:
+    from tracked.server import RunView, Server
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+def begin(
+    place: Place, *, experiment: str, name: str | None, tags: Mapping[str, str], params: dict[str, Any]
+) -> Attempt:
+    """A new run, known by a local handle until the server has given it an ID."""
+    outbox = place.start_sender()
+    handle, nonce = uuid.uuid4().hex, uuid.uuid4().hex
+    folder = outbox.run(handle)
+    folder.make()
+    lock = Lock(folder.lock)
+    lock.acquire(_holder())
+    start = {
+        "run_id": None,
+        "experiment": experiment,
+        "name": name,
+        "start_time": int(time.time() * 1000),
+        "tags": {**tags, **_running(1)},
+        "attempt": 1,
+        "nonce": nonce,
+    }
+    return Attempt(outbox, place.tracking_uri, folder, lock, 1, nonce, start, params)
+
+
+def take_over(
+    place: Place,
+    word: str,
+    say: Say,
+    *,
+    before_claim: Callable[[RunView], None] = lambda _: None,
+    patience: float = 60.0,
+) -> tuple[Attempt, RunView]:
+    """The next attempt of an existing run, with the state of its last checkpoint.
+
+    Args:
+        place: Where the run stands.
+        word: ID, unique prefix of an ID, local handle, or `last`.
+        say: Told what is waited for.
+        before_claim: May still refuse, by raising, with nothing changed.
+        patience: Seconds to wait for a server that does not answer.
+
+    Raises:
+        RunNotFound: There is no such run, or several.
+        RunNotResumable: It has no checkpoint, or was not made by this package.
+        RunTaken: Another process holds it, or was quicker.
+        CheckpointError: None of its checkpoints is whole.
+        ServerError: The server did not answer as it should.
+    """
+    from tracked.server import Server
+
+    server = Server(place.tracking_uri, create=False)
+    ask = _Asking(say, patience)
+    outbox = place.start_sender()
+    _drain(local_runs(place, word), say)
+    view = ask(lambda: find_run(server, word))
+    handle = view.tags.get(HANDLE)
+    if handle is None or not re.fullmatch(r"[0-9a-f]{32}", handle):
+        raise RunNotResumable(
+            f"run {view.run_id} was not made by this package: it has no tag {HANDLE}",
+            expected="a run of `python -m tracked.run train`, or of tracked.start()",
+            try_next="python -m tracked.run list",
+        )
+    folder = outbox.run(handle)
+    folder.make()
+    lock = Lock(folder.lock)
+    if not lock.acquire(_holder()):
+        raise _taken(view.run_id, read_json(folder.lock).get("holder", "a process on this machine"))
+    try:
+        _drain(
+            [each for box in spool.outboxes(place.spool) for each in box.runs() if each.handle == handle], say
+        )
+        view = ask(lambda: _free(server, view.run_id, say))
+        before_claim(view)
+        if pointed(view) is None:
+            raise _no_checkpoint(view)
+        number, nonce = newest_attempt(view.params)[0] + 1, uuid.uuid4().hex
+        ask(lambda: _claim(server, view.run_id, number, nonce))
+        # After the claim nobody else adds points, so what stands there now is all there will be.
+        view = ask(lambda: server.get_run(view.run_id))
+        state = ask(lambda: restore(server, view, folder, say))
+        replay = ask(lambda: _beyond(server, view, state["step"]))
+    except BaseException:
+        lock.release()
+        raise
+    start = {"run_id": view.run_id, "tags": _running(number), "attempt": number, "nonce": nonce}
+    found = Attempt(
+        outbox,
+        place.tracking_uri,
+        folder,
+        lock,
+        number,
+        nonce,
+        start,
+        state["params"],
+        state["about"],
+        state,
+        replay,
+    )
+    return found, view
+
+
+def find_run(server: Server, word: str) -> RunView:
+    """The run that `word` means: ID, unique prefix, handle, name, or `last`.
+
+    Raises:
+        RunNotFound: None, or more than one.
+    """
+    if word == "last":
+        found = [run for run in server.search(limit=200) if HANDLE in run.tags][:1]
+    else:
+        found = server.find(word)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RunNotFound(
+            f"{word!r} may mean {len(found)} runs: {', '.join(run.run_id[:8] for run in found[:5])} …",
+            expected="an ID, or enough of its first characters",
+            try_next="python -m tracked.run list",
+        )
+    raise RunNotFound(
+        f"there is no run {word!r} on {server.place}",
+        expected="a run ID, the first characters of one, a local handle, or `last`",
+        try_next="python -m tracked.run list",
+    )
+
+
+def local_runs(place: Place, word: str) -> list[RunFolder]:
+    """What this machine's spool holds of the run that `word` means."""
+    runs = [run for outbox in spool.outboxes(place.spool) for run in outbox.runs()]
+    if word == "last" or len(word) < 4:
+        return []
+    return [
+        run
+        for run in runs
+        if run.handle.startswith(word) or str(run.about.get("run_id", "")).startswith(word)
+    ]
+
+
+def _drain(runs: list[RunFolder], say: Say, *, patience: float = 600.0) -> None:
+    """Wait until nothing of these runs is left to deliver, original timestamps and all."""
+    for run in runs:
+        outbox = Outbox(run.path.parent.parent)
+        told, deadline = "", time.monotonic() + patience
+        while journals := run.journals():
+            held = [path for path in journals if spool.is_held(path / "lock")]
+            if held:
+                raise _taken(
+                    run.about.get("run_id", run.handle), read_json(run.lock).get("holder", "a process here")
+                )
+            sender.ensure(outbox, outbox.tracking_uri)
+            text = f"delivering what an earlier attempt left in the spool … {run.about.get('trouble', '')}".strip()
+            if text != told:
+                say(text)
+                told = text
+            if time.monotonic() > deadline:
+                raise ServerUnavailable(
+                    f"what an earlier attempt left in the spool could not be delivered: {run.about.get('trouble')}",
+                    try_next="python -m tracked.run sync",
+                )
+            time.sleep(0.05)
+
+
+def watch_seconds() -> float:
+    """How long a heartbeat must have stood still before its run may be taken: `TRACKED_WATCH`, else 30 s."""
+    return float(os.environ.get("TRACKED_WATCH", "30"))
+
+
+def _free(server: Server, run_id: str, say: Say) -> RunView:
+    """The run, once nobody trains it: it has ended, or its heartbeat stands still on our own clock."""
+    view = server.get_run(run_id)
+    seen, deadline = view.tags.get(HEARTBEAT), time.monotonic() + watch_seconds()
+    if view.status == "RUNNING":
+        say(f"the run is marked as running; watching for {watch_seconds():g} s whether somebody trains it")
+    while view.status == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(min(1.0, watch_seconds() / 4))
+        view = server.get_run(run_id)
+        if view.tags.get(HEARTBEAT) != seen and view.status == "RUNNING":
+            raise _taken(run_id, view.tags.get(HOLDER, "a process elsewhere"))
+    return view
+
+
+def _claim(server: Server, run_id: str, number: int, nonce: str) -> None:
+    try:
+        server.log_params(run_id, {attempt_param(number): nonce})
+    except RecordRejected:
+        raise _taken(run_id, "another process, which asked at the same time") from None
+
+
+def _taken(run_id: str, holder: str) -> RunTaken:
+    return RunTaken(
+        f"run {run_id} is being trained by {holder}",
+        expected="a run that nobody is training",
+        try_next=f"python -m tracked.run show {run_id}",
+    )
+
+
+def restore(server: Server, view: RunView, folder: RunFolder, say: Say) -> dict[str, Any]:
+    """The newest checkpoint that verifies, from this machine's spool or downloaded into it.
+
+    Raises:
+        RunNotResumable: The run names no checkpoint.
+        CheckpointError: None is whole.
+    """
+    pointer = pointed(view)
+    if pointer is None:
+        raise _no_checkpoint(view)
+    reasons = []
+    for step, sha256 in _candidates(server, view, folder, pointer):
+        local = folder.checkpoints / folder_name(step) / FILE
+        try:
+            try:
+                state = load(local, sha256)
+            except CheckpointError:
+                # Missing or damaged here: the server has it too.
+                server.download(view.run_id, f"checkpoints/{folder_name(step)}/{FILE}", local)
+                state = load(local, sha256)
+        except CheckpointError as error:
+            reasons.append(f"step {step}: {error.found}")
+            say(f"checkpoint of step {step} cannot be used ({error.found}); looking for an earlier one")
+            continue
+        return state
+    raise CheckpointError(
+        f"no checkpoint of run {view.run_id} is whole: {'; '.join(reasons)}",
+        expected="one file whose SHA-256 is the recorded one",
+        try_next=f"python -m tracked.run verify {view.run_id}",
+    )
+
+
+def _no_checkpoint(view: RunView) -> RunNotResumable:
+    return RunNotResumable(
+        f"run {view.run_id} has no checkpoint (state: {view.tags.get(STATE, view.status)})",
+        expected=f"a tag {CHECKPOINT}; it is set when the first checkpoint is on the server",
+        try_next="the same `train` line again, for a new run",
+    )
+
+
+def pointed(view: RunView) -> dict[str, Any] | None:
+    """What the run's tag names as its last committed checkpoint; None if it names none that can be."""
+    try:
+        pointer = json.loads(view.tags[CHECKPOINT])
+        return {"step": int(pointer["step"]), "sha256": str(pointer["sha256"])}
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _candidates(
+    server: Server, view: RunView, folder: RunFolder, pointer: dict[str, Any]
+) -> list[tuple[int, str]]:
+    """Steps and hashes, the committed one first, then what is older, newest first."""
+    found = {int(pointer["step"]): str(pointer["sha256"])}
+    names = {*server.directories(view.run_id, "checkpoints")}
+    names |= {path.name for path in folder.checkpoints.iterdir()}
+    for name in names:
+        step = step_of(name)
+        if step is None or step >= pointer["step"]:
+            continue
+        local = folder.checkpoints / name / "manifest.json"
+        if not local.exists():
+            try:
+                server.download(view.run_id, f"checkpoints/{name}/manifest.json", local)
+            except CheckpointError:
+                continue
+        sha256 = read_json(local).get("sha256")
+        if isinstance(sha256, str):
+            found[step] = sha256
+    return sorted(found.items(), reverse=True)
+
+
+def _beyond(server: Server, view: RunView, step: int) -> Replay:
+    """Every point that stands on the server beyond `step`."""
+    return {
+        key: {at: value for at, _, value in server.history(view.run_id, key) if at > step}
+        for key, latest in view.latest.items()
+        if latest.step > step
+    }
+
+
+class _Asking:
+    """Asks a server that may be away for a moment, for as long as a user would wait."""
+
+    def __init__(self, say: Say, patience: float) -> None:
+        self._say = say
+        self._patience = patience
+
+    def __call__(self, question: Callable[[], T]) -> T:
+        deadline, told = time.monotonic() + self._patience, False
+        while True:
+            try:
+                return question()
+            except NoSuchRun as error:
+                raise RunNotFound(error.found, expected=error.expected, try_next=error.try_next) from None
+            except ServerUnavailable as error:
+                if time.monotonic() > deadline:
+                    raise
+                if not told:
+                    self._say(f"waiting for the server: {error.found}")
+                    told = True
+                time.sleep(0.5)
+
+
+def _holder() -> dict[str, str]:
+    return {"holder": host_and_process()}
+
+
+def _running(attempt: int) -> dict[str, str]:
+    tags = {STATE: "running", ATTEMPT: str(attempt), HOLDER: host_and_process()}
+    return tags if attempt == 1 else {**tags, COMMAND: "", STOP_REASON: ""}

@@ -1,0 +1,340 @@
+"""Training state <-> one verified file.
+
+A snapshot copies every storage of a state into shared memory, between two steps; `Writer` has a
+process beside the training write it (see `archive`). There are two slots of memory: one is being
+written, the other waits; a newer snapshot replaces the one that waits, so nothing queues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import mmap
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tracked.archive import HEADER, digest
+from tracked.errors import CheckpointError
+from tracked.spool import read_json
+
+FILE = "checkpoint.pt"
+_ALIGNMENT = 64
+# What `torch.load(weights_only=True)` builds without being told to trust more.
+_LOADABLE = (
+    torch.Tensor,
+    torch.storage.TypedStorage,
+    torch.storage.UntypedStorage,
+    OrderedDict,
+    Counter,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+    type,
+)
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step in a folder name such as `step-00000938`; None for any other name."""
+    digits = name.removeprefix("step-")
+    return int(digits) if name == f"step-{digits}" and digits.isdigit() and len(digits) >= 8 else None
+
+
+class _StatePickler(pickle.Pickler):
+    """Pickles a state with its storages left out, in torch's own file format."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=2)
+        self.storages: dict[int, tuple[str, torch.UntypedStorage]] = {}
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, torch.storage.TypedStorage):
+            return None
+        untyped = obj._untyped_storage  # noqa: SLF001 - the public way warns of deprecation
+        # Tied weights and views share a storage, which is written once.
+        key, _ = self.storages.setdefault(untyped._cdata, (str(len(self.storages)), untyped))  # noqa: SLF001
+        kind = getattr(torch, obj._pickle_storage_type())  # noqa: SLF001
+        # Numbers are stored as the CPU has them, so a state loads on any device.
+        return ("storage", kind, key, "cpu", obj._size())  # noqa: SLF001
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, _LOADABLE) or _is_torch_rebuild(obj):
+            return NotImplemented
+        raise CheckpointError(
+            f"the state holds a {type(obj).__module__}.{type(obj).__qualname__}: {obj!r:.80}",
+            expected="tensors, numbers, strings, None, and dicts, lists and tuples of them: a checkpoint "
+            "is loaded with weights_only=True, which never runs code",
+            try_next="convert it first (`float(x)`, `torch.as_tensor(x)`)",
+        )
+
+
+def _is_torch_rebuild(obj: Any) -> bool:
+    return callable(obj) and getattr(obj, "__module__", "") in ("torch._utils", "torch", "_codecs")
+
+
+@dataclass
+class Snapshot:
+    """A state taken apart: its pickle, and its storages in a slot of shared memory."""
+
+    pickled: bytes
+    storages: list[tuple[str, int, int]]
+    slot: int = -1
+    folder: Path = Path()
+    manifest: dict[str, Any] = field(default_factory=dict)
+    pinned: bool = False
+
+
+class _Slot:
+    """Anonymous shared memory that grows to the size of a state and is then used again."""
+
+    def __init__(self) -> None:
+        if hasattr(os, "memfd_create"):
+            # Unlike /dev/shm, which containers often limit to 64 MB, bounded by memory alone.
+            self.fd = os.memfd_create("tracked-checkpoint", 0)
+        else:
+            with tempfile.TemporaryFile() as file:
+                self.fd = os.dup(file.fileno())
+        self.size = 0
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, size: int) -> torch.Tensor:
+        """A tensor over the memory: uint8, `(at least size,)`."""
+        if size > self.size:
+            os.ftruncate(self.fd, size)
+            self.tensor = torch.frombuffer(mmap.mmap(self.fd, size), dtype=torch.uint8)
+            self.size = size
+        return self.tensor
+
+
+def _copy(storages: list[tuple[str, torch.UntypedStorage]], slot: _Slot) -> list[tuple[str, int, int]]:
+    layout, end = [], 0
+    for key, storage in storages:
+        layout.append((key, end, storage.nbytes()))
+        end += -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
+    memory = slot.reserve(max(end, _ALIGNMENT))
+    for (_, offset, size), (_, storage) in zip(layout, storages, strict=True):
+        if size:
+            source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            memory[offset : offset + size].copy_(source, non_blocking=True)
+    if any(storage.device.type == "cuda" for _, storage in storages):
+        torch.cuda.synchronize()  # CPU-GPU sync: the copies must have landed before the next step
+    return layout
+
+
+class Writer:
+    """Takes snapshots and has them written beside the training.
+
+    Args:
+        on_written: Called from a thread of the writer's with the manifest of each whole checkpoint.
+        on_failed: Called likewise with the reason when one could not be written.
+    """
+
+    def __init__(
+        self, on_written: Callable[[dict[str, Any]], None], on_failed: Callable[[str], None]
+    ) -> None:
+        self._on_written = on_written
+        self._on_failed = on_failed
+        self._slots = (_Slot(), _Slot())
+        self._changed = threading.Condition()
+        self._writing: Snapshot | None = None
+        self._waiting: Snapshot | None = None
+        self._jobs = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def take(
+        self,
+        state: Any,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        *,
+        pinned: bool = False,
+        wait: bool = False,
+    ) -> bool:
+        """Copy `state` now, and have it written to `folder`; the only part that the training waits for.
+
+        Args:
+            state: Nested dicts, lists and tuples of tensors and plain values.
+            folder: Where `checkpoint.pt` and `manifest.json` will stand.
+            manifest: What the manifest says beside `sha256` and `bytes`.
+            pinned: A later snapshot must not replace this one while it waits (it is the best so far).
+            wait: Wait for a free slot rather than decline.
+
+        Returns:
+            False if both slots are taken, by one being written and a pinned one: ask again later.
+
+        Raises:
+            CheckpointError: The state holds something that could not be loaded again.
+        """
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._waiting is None)
+            if self._waiting is not None and self._waiting.pinned and not pinned:
+                return False
+            # Claimed, so that the writing thread cannot start on it while it is overwritten.
+            self._waiting = None
+            slot = 1 - self._writing.slot if self._writing else 0
+        buffer = io.BytesIO()
+        pickler = _StatePickler(buffer)
+        pickler.dump(state)
+        layout = _copy(list(pickler.storages.values()), self._slots[slot])
+        snapshot = Snapshot(buffer.getvalue(), layout, slot, folder, dict(manifest), pinned)
+        with self._changed:
+            self._waiting = snapshot
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="tracked-checkpoints", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        return True
+
+    def drain(self) -> None:
+        """Wait until everything taken is written or has failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is None and self._writing is None)
+
+    def close(self) -> None:
+        """Write what was taken, and end the writing process."""
+        self.drain()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._stop_process()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._closed)
+                if self._waiting is None:
+                    return
+                self._writing, self._waiting = self._waiting, None
+            try:
+                self._on_written(self._write(self._writing))
+            except (OSError, ValueError) as error:
+                self._stop_process()
+                self._on_failed(str(error) or "the writing process died")
+            finally:
+                with self._changed:
+                    self._writing = None
+                    self._changed.notify_all()
+
+    def _write(self, snapshot: Snapshot) -> dict[str, Any]:
+        process = self._process or self._start_process()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._jobs += 1
+        job = json.dumps(
+            {
+                "job": self._jobs,
+                "slot": snapshot.slot,
+                "folder": str(snapshot.folder),
+                "storages": snapshot.storages,
+                "manifest": snapshot.manifest,
+            }
+        ).encode()
+        process.stdin.write(HEADER.pack(len(job), len(snapshot.pickled)) + job + snapshot.pickled)
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        if "error" in answer:
+            raise OSError(answer["error"])
+        manifest: dict[str, Any] = answer["manifest"]
+        return manifest
+
+    def _start_process(self) -> subprocess.Popen[bytes]:
+        fds = [slot.fd for slot in self._slots]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tracked.archive", *map(str, fds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=fds,
+            start_new_session=True,  # a Ctrl-C on the terminal must not take it away from the training
+        )
+        return self._process
+
+    def _stop_process(self) -> None:
+        if self._process is not None:
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+            self._process.stdout.close()
+            self._process.wait()
+            self._process = None
+
+
+def check_loadable(state: Any) -> None:
+    """Save and load `state` with its tensors emptied: what cannot be loaded is told before the training.
+
+    Raises:
+        CheckpointError: Something in it is not plain data.
+    """
+    buffer = io.BytesIO()
+    _StatePickler(io.BytesIO()).dump(state)
+    torch.save(_emptied(state), buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"the state could be saved but not loaded: {str(error).splitlines()[0]}",
+            expected="tensors, numbers, strings, None, and dicts, lists and tuples of them",
+        ) from error
+
+
+def _emptied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty(0, dtype=value.dtype)
+    if isinstance(value, Mapping):
+        return {key: _emptied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_emptied(item) for item in value)
+    return value
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` has the hash that its manifest names."""
+    manifest = read_json(folder / "manifest.json")
+    path = folder / FILE
+    return bool(manifest) and path.is_file() and digest(path) == manifest.get("sha256")
+
+
+def load(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, after its hash; nothing in it is executed.
+
+    Raises:
+        CheckpointError: It is missing, its hash is another, or it is no plain torch file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}")
+    if sha256 is not None and (found := digest(path)) != sha256:
+        raise CheckpointError(
+            f"the checkpoint at {path} is damaged: its SHA-256 is {found[:16]}…",
+            expected=f"{sha256[:16]}…, as recorded when it was written",
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"the checkpoint at {path} cannot be loaded as plain data: {str(error).splitlines()[0][:200]}",
+            expected="a torch file of tensors and plain values; code in it is never run",
+        ) from error
+    if not isinstance(state, dict) or "step" not in state:
+        raise CheckpointError(f"the file at {path} is no training checkpoint", expected="a dict with `step`")
+    return state

@@ -1,0 +1,464 @@
+"""The command line: options, messages, exit status. Nobody imports it, and it imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from tracked.errors import TrackedError, UsageError
+
+if TYPE_CHECKING:
+    from tracked.place import Place
+    from tracked.tracking import Run
+    from tracked.training import Request
+
+_EXAMPLES = {
+    "train": "train experiments/digits.py lr=0.01 --epochs 10",
+    "resume": "resume last --epochs 20",
+    "list": "list",
+    "show": "show last",
+    "verify": "verify last",
+    "sync": "sync",
+    "gc": "gc",
+    "ui": "ui",
+}
+FINISHED, FAILED, WRONG_USAGE, UNDELIVERED, PAUSED = 0, 1, 2, 3, 75
+
+
+class _Commands(click.Group):
+    """Lists the commands with an example each, in the order of their use, and shows errors as ours."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return [name for name in _EXAMPLES if name in self.commands]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            for name in self.list_commands(ctx):
+                formatter.write(f"  {name:8}{self.commands[name].get_short_help_str(90)}\n")
+                formatter.write(f"          python -m tracked.run {_EXAMPLES[name]}\n")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TrackedError as error:
+            _complain(error)
+
+
+def _complain(error: TrackedError) -> NoReturn:
+    user_traceback = getattr(error, "user_traceback", "")
+    if user_traceback:
+        click.echo(user_traceback.rstrip(), err=True)
+    click.echo(f"error: {error}", err=True)
+    sys.exit(error.exit_status)
+
+
+@click.group(
+    cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.version_option(package_name="tracked")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Train PyTorch models against an MLflow server. Kill it anywhere, resume it by run ID."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+# -- options
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+_where = _options(
+    click.option(
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow server or SQLite file. Else MLFLOW_TRACKING_URI, else sqlite:///mlruns/mlflow.db.",
+    ),
+    click.option(
+        "--spool-dir", metavar="DIR", help="Where journals wait. Else TRACKED_SPOOL, else mlruns/spool."
+    ),
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line of output.")
+_loop = _options(
+    click.option("--epochs", type=int, metavar="N", help="Train so many epochs in all."),
+    click.option(
+        "--max-steps", type=int, metavar="N", help="Train so many steps in all, restarting the data."
+    ),
+    click.option("--eval-every", metavar="INTERVAL", help='"1 epoch" (default) or "200 steps".'),
+    click.option(
+        "--checkpoint-every",
+        multiple=True,
+        metavar="INTERVAL",
+        help='"1 epoch" (default), "200 steps" or "5 min"; several allowed.',
+    ),
+    click.option("--log-every", metavar="N|auto", help="Steps between two logged losses (default auto)."),
+    click.option("--keep-last", type=int, metavar="K", help="Newest checkpoints to keep (3)."),
+    click.option("--keep-best", type=int, metavar="K", help="Best checkpoints to keep (1)."),
+    click.option("--monitor", metavar="METRIC", help="The metric that best and patience look at."),
+    click.option(
+        "--mode", type=click.Choice(["min", "max"]), help="Whether a smaller or larger one is better."
+    ),
+    click.option(
+        "--patience", type=int, metavar="K", help="Stop after so many evaluations without improvement."
+    ),
+    click.option("--min-delta", type=float, metavar="X", help="What an improvement must exceed (0)."),
+    click.option("--seed", type=int, metavar="N", help="Decides everything random (0)."),
+    click.option("--deterministic", is_flag=True, default=None, help="Prefer deterministic kernels."),
+    click.option("--device", metavar="auto|cpu|cuda[:i]", help="Where to train (auto)."),
+)
+_how = _options(
+    click.option(
+        "--run-id-file", type=click.Path(path_type=Path), help="Write the run's ID there once it exists."
+    ),
+    click.option("--no-progress", is_flag=True, help="No progress bar."),
+    click.option(
+        "--drain-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="Seconds to wait at the end for the server to take the last points (60).",
+    ),
+    _as_json,
+    _where,
+)
+_LOOP_NAMES = [
+    "epochs",
+    "max_steps",
+    "eval_every",
+    "checkpoint_every",
+    "log_every",
+    "keep_last",
+    "keep_best",
+    "monitor",
+    "mode",
+    "patience",
+    "min_delta",
+    "seed",
+    "deterministic",
+    "device",
+]
+
+
+def _place(tracking_uri: str | None, spool_dir: str | None) -> Place:
+    from tracked.place import Place
+
+    return Place.choose(tracking_uri, spool_dir)
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """The loop's settings that were typed."""
+    given = {name: options.pop(name) for name in _LOOP_NAMES}
+    settings = {name: value for name, value in given.items() if value not in (None, ())}
+    every = settings.get("log_every")
+    if every is not None and every != "auto":
+        if not every.isdigit():
+            raise UsageError(f"--log-every is {every!r}", expected="a number of steps, or auto")
+        settings["log_every"] = int(every)
+    return settings
+
+
+def _request(options: dict[str, Any], overrides: tuple[str, ...]) -> Request:
+    """Everything that can be checked is checked, and the sender started, before torch is imported."""
+    from tracked.schedule import Settings
+
+    settings = _settings(options)
+    Settings(**settings)
+    place = _place(options["tracking_uri"], options["spool_dir"])
+    place.start_sender()
+
+    from tracked.progress import Bar
+    from tracked.training import Request
+
+    return Request(
+        place=place,
+        settings=settings,
+        overrides=list(overrides),
+        experiment_name=options.get("experiment_name"),
+        run_name=options.get("run_name"),
+        config=options.get("config"),
+        file=options.get("file"),
+        progress=Bar(show=not options["no_progress"], run_id_file=options["run_id_file"]),
+        drain_timeout=options["drain_timeout"],
+    )
+
+
+def _carry_out(work: Callable[[], Run], *, as_json: bool) -> NoReturn:
+    """Train, tell how it ended, and exit with what that means."""
+    from tracked.training import NothingLeft
+
+    try:
+        run = work()
+    except TrackedError as error:
+        _complain(error)
+    except NothingLeft as nothing:
+        click.echo(str(nothing), err=True)
+        if as_json:
+            click.echo(json.dumps(_complete(nothing)))
+        sys.exit(FINISHED)
+    except KeyboardInterrupt:
+        click.echo("interrupted twice: left at once; `resume` goes on from the last checkpoint", err=True)
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - the user's own code raised: theirs to see, whole
+        traceback.print_exception(_without_our_frames(error))
+        sys.exit(FAILED)
+    for line in _summary(run):
+        click.echo(line, err=True)
+    if as_json:
+        click.echo(json.dumps(_outcome(run)))
+    if run.last_state == "paused":
+        sys.exit(PAUSED)
+    sys.exit(UNDELIVERED if run.undelivered else FINISHED)
+
+
+def _without_our_frames(error: BaseException) -> BaseException:
+    """The traceback from the first frame of the user's own on."""
+    package = str(Path(__file__).parent)
+    trace = error.__traceback__
+    while trace and trace.tb_next and trace.tb_frame.f_code.co_filename.startswith(package):
+        trace = trace.tb_next
+    return error.with_traceback(trace)
+
+
+def _outcome(run: Run) -> dict[str, Any]:
+    checkpoint = run.checkpoint
+    return {
+        "run_id": run.id,
+        "state": run.last_state,
+        "step": run.step,
+        "epoch": run.epochs_done,
+        "metrics": run.metrics,
+        "undelivered": run.undelivered,
+        "resumed_from": run.resumed_from,
+        "replayed_equal": run.replayed_equal,
+        "checkpoint": checkpoint,
+    }
+
+
+def _complete(nothing: Any) -> dict[str, Any]:
+    from tracked.names import CHECKPOINT
+
+    view = nothing.view
+    checkpoint = json.loads(view.tags.get(CHECKPOINT, "{}"))
+    return {
+        "run_id": view.run_id,
+        "state": view.tags.get("tracked.state"),
+        "step": checkpoint.get("step"),
+        "epoch": checkpoint.get("epoch"),
+        "metrics": {key: latest.value for key, latest in view.latest.items()},
+        "undelivered": 0,
+        "resumed_from": None,
+        "replayed_equal": 0,
+        "checkpoint": checkpoint or None,
+    }
+
+
+def _summary(run: Run) -> list[str]:
+    metrics = "  ".join(f"{key} {value:.4g}" for key, value in sorted(run.metrics.items()) if key != "epoch")
+    lines = [f"{run.last_state} at step {run.step} (epoch {run.epochs_done})  {metrics}"]
+    if run.resumed_from is not None:
+        lines.append(
+            f"resumed from step {run.resumed_from}; {run.replayed_equal} recomputed points were equal"
+        )
+    if run.undelivered:
+        why = f" ({run.trouble()})" if run.trouble() else ""
+        lines.append(
+            f"{run.undelivered} points are not delivered yet{why}\n  try: python -m tracked.run sync"
+        )
+    if run.last_state == "paused":
+        lines.append(f"to go on: python -m tracked.run resume {run.id}")
+    return lines
+
+
+# -- train and resume
+
+
+@main.command()
+@click.argument("experiment", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[NAME=VALUE]…")
+@click.option("--check", is_flag=True, help="A few steps, save, reload, compare bitwise, leave.")
+@click.option("--experiment-name", metavar="NAME", help="MLflow's experiment (default: the file's name).")
+@click.option("--run-name", metavar="NAME", help="The run's name in MLflow.")
+@click.option("--config", type=click.Path(path_type=Path), help="A YAML file of hyperparameters.")
+@_loop
+@_how
+def train(
+    experiment: Path, overrides: tuple[str, ...], *, check: bool, as_json: bool, **options: Any
+) -> None:
+    """Train an experiment file as a new run."""
+    if not experiment.exists():
+        # Told without waiting for torch.
+        from tracked.experiment import load
+
+        load(experiment)
+    if check:
+        _check(experiment, overrides, options)
+    request = _request(options, overrides)
+    from tracked import training
+
+    _carry_out(lambda: training.train(experiment, request), as_json=as_json)
+
+
+def _check(experiment: Path, overrides: tuple[str, ...], options: dict[str, Any]) -> NoReturn:
+    from tracked import training
+
+    settings = _settings(options)
+    place = _place(options["tracking_uri"], options["spool_dir"])
+    request = training.Request(place, settings, list(overrides), config=options["config"])
+    tensors, points = training.check(experiment, request)
+    click.echo(
+        f"exact: {tensors} values of the state and {points} points are equal after a resume, to the last bit"
+    )
+    sys.exit(FINISHED)
+
+
+@main.command(context_settings={"allow_interspersed_args": True})
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[NAME=VALUE]… | -- COMMAND…", type=click.UNPROCESSED)
+@click.option(
+    "--file", type=click.Path(path_type=Path), help="The experiment file, if it lies elsewhere now."
+)
+@_loop
+@_how
+def resume(run: str, overrides: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
+    """Go on in the same run from its last checkpoint."""
+    if "--" in sys.argv and sys.argv.index("--") < len(sys.argv) - 1:
+        _resume_command(run, sys.argv[sys.argv.index("--") + 1 :], options)
+    request = _request(options, overrides)
+    from tracked import training
+
+    _carry_out(lambda: training.resume(run, request), as_json=as_json)
+
+
+def _resume_command(run: str, command: list[str], options: dict[str, Any]) -> NoReturn:
+    """Run the user's own script, in which `tracked.start` becomes this run."""
+    place = _place(options["tracking_uri"], options["spool_dir"])
+    environment = {
+        **os.environ,
+        "TRACKED_RESUME": run,
+        "MLFLOW_TRACKING_URI": place.tracking_uri,
+        "TRACKED_SPOOL": str(place.spool),
+    }
+    try:
+        sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+    except FileNotFoundError:
+        raise UsageError(
+            f"there is no command {command[0]!r}", expected="a command behind --, such as `python train.py`"
+        ) from None
+
+
+# -- looking
+
+
+@main.command("list")
+@click.option("--experiment", metavar="NAME", help="Only runs of this experiment.")
+@click.option("--limit", type=int, default=20, show_default=True, help="How many, newest first.")
+@_as_json
+@_where
+def list_(
+    experiment: str | None, limit: int, tracking_uri: str | None, spool_dir: str | None, *, as_json: bool
+) -> None:
+    """Show what runs there are, and their true state."""
+    from tracked import inspection
+
+    place = _place(tracking_uri, spool_dir)
+    found = inspection.listing(place, experiment, limit)
+    if as_json:
+        click.echo(json.dumps([each.as_json() for each in found]))
+    elif found:
+        click.echo(inspection.table(found))
+    else:
+        click.echo("no runs yet: python -m tracked.run train EXPERIMENT.py")
+
+
+@main.command()
+@click.argument("run")
+@_as_json
+@_where
+def show(run: str, tracking_uri: str | None, spool_dir: str | None, *, as_json: bool) -> None:
+    """Show one run: state, params, metrics, checkpoints."""
+    from tracked import inspection
+
+    found = inspection.look(_place(tracking_uri, spool_dir), run)
+    click.echo(json.dumps(found.as_json()) if as_json else inspection.page(found))
+
+
+@main.command()
+@click.argument("run")
+@_as_json
+@_where
+def verify(run: str, tracking_uri: str | None, spool_dir: str | None, *, as_json: bool) -> None:
+    """Prove a run's history and checkpoints whole, or tell what is not."""
+    from tracked import inspection
+
+    proof = inspection.verify(_place(tracking_uri, spool_dir), run)
+    if as_json:
+        click.echo(json.dumps({"run_id": proof.run_id, "whole": not proof.wrong, "wrong": proof.wrong}))
+    else:
+        for line in proof.proven:
+            click.echo(f"ok     {line}")
+        for line in proof.wrong:
+            click.echo(f"wrong  {line}")
+    sys.exit(FAILED if proof.wrong else FINISHED)
+
+
+# -- the spool
+
+
+@main.command()
+@click.option(
+    "--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for the servers."
+)
+@_as_json
+@_where
+def sync(timeout: float, tracking_uri: str | None, spool_dir: str | None, *, as_json: bool) -> None:
+    """Deliver what the spool still holds."""
+    from tracked import upkeep
+
+    left = upkeep.sync(_place(tracking_uri, spool_dir), timeout, lambda text: click.echo(text, err=True))
+    if as_json:
+        click.echo(json.dumps({"undelivered": left}))
+    sys.exit(UNDELIVERED if left else FINISHED)
+
+
+@main.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@_as_json
+@_where
+def gc(tracking_uri: str | None, spool_dir: str | None, *, dry_run: bool, as_json: bool) -> None:
+    """Free spool space and superseded checkpoints."""
+    from tracked import upkeep
+
+    freed = upkeep.gc(
+        _place(tracking_uri, spool_dir), dry_run=dry_run, say=lambda text: click.echo(text, err=True)
+    )
+    if as_json:
+        click.echo(json.dumps({"freed_bytes": freed}))
+
+
+@main.command()
+@click.option("--port", type=int, default=5000, show_default=True, help="For the embedded database.")
+@_where
+def ui(port: int, tracking_uri: str | None, spool_dir: str | None) -> None:
+    """Open MLflow's UI over the current tracking URI."""
+    from tracked import upkeep
+
+    sys.exit(upkeep.ui(_place(tracking_uri, spool_dir), port, click.echo))
+
+
+if __name__ == "__main__":
+    main()

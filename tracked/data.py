@@ -1,0 +1,235 @@
+"""Batches that can start anywhere: their order and their randomness are functions of numbers.
+
+The order of an epoch is a permutation seeded from (seed, stream, epoch). A batch is built from
+start to end in one place, with the generators seeded from (seed, stream, epoch, batch) and one
+thread, whether that place is the main process or any of N workers. So "where the data stands" is
+two integers, and the number of workers may change between two attempts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+
+from tracked.errors import UsageError
+from tracked.seeding import derive, one_thread, preserved_generators, seed_generators
+
+# What `Batches` itself decides, and what therefore cannot be passed on to `DataLoader`.
+_OWN = {
+    "batch_size": "batch_size=",
+    "shuffle": "shuffle=",
+    "drop_last": "drop_last=",
+    "dataset": "the data set",
+}
+_UNSUPPORTED = ("sampler", "batch_sampler", "generator")
+
+
+class Wanted(NamedTuple):
+    """One batch to build: the seed of its randomness, and the samples (int64, `(batch_size,)`)."""
+
+    seed: int
+    indices: np.ndarray
+
+
+class _Order:
+    """The batch sampler: what an epoch still has to give, from batch `start` on."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.epoch = 0
+        self.start = 0
+
+    def __iter__(self) -> Iterator[Wanted]:
+        owner = self.batches
+        order = owner.order(self.epoch)
+        for batch in range(self.start, len(owner)):
+            indices = order[batch * owner.batch_size : (batch + 1) * owner.batch_size]
+            yield Wanted(derive(owner.seed, owner.stream, self.epoch, batch), indices)
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.start
+
+
+class _Built:
+    """A data set whose items are whole batches, so that one place builds one batch."""
+
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset = dataset
+        self.collate = collate
+
+    def __getitems__(self, wanted: Wanted) -> Any:
+        with one_thread():
+            seed_generators(wanted.seed)
+            indices = wanted.indices.tolist()
+            fetch = getattr(self.dataset, "__getitems__", None)
+            samples = fetch(indices) if fetch else [self.dataset[index] for index in indices]
+            return self.collate(samples)
+
+
+class _Tensors:
+    """The same for a `TensorDataset`: nothing random in it, and one indexing call for each tensor."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], indices: Sequence[int] | None) -> None:
+        self.tensors = tensors
+        self.indices = None if indices is None else np.asarray(indices, dtype=np.int64)
+
+    def __getitems__(self, wanted: Wanted) -> list[torch.Tensor]:
+        indices = wanted.indices if self.indices is None else self.indices[wanted.indices]
+        index = torch.from_numpy(indices)
+        # Always a fresh tensor: a view at an odd offset changes the bits of a `linear`.
+        return [tensor.index_select(0, index) for tensor in self.tensors]
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class Batches:
+    """The batches of a map-style data set, epoch by epoch.
+
+    Args:
+        dataset: Anything with `__len__` and `__getitem__` (or `__getitems__`, which is asked for a
+            whole batch).
+        batch_size: Samples in a batch; the last one of an epoch may be smaller.
+        seed: Decides order and augmentation, together with `stream`.
+        shuffle: A new permutation for each epoch; else the data set's own order.
+        drop_last: Leave out a smaller last batch.
+        stream: Keeps batches for different purposes apart ("train", "eval …").
+        loader: Further arguments of `torch.utils.data.DataLoader`, such as `num_workers`.
+
+    Raises:
+        UsageError: The data set has no length or no samples, or an argument cannot be honoured.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        stream: str = "train",
+        loader: Mapping[str, Any] | None = None,
+    ) -> None:
+        options = dict(loader or {})
+        _refuse(dataset, batch_size, options)
+        self.dataset = dataset
+        self.samples = len(dataset)  # type: ignore[arg-type]
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.stream = stream
+        self._order = _Order(self)
+        if len(self) == 0:
+            raise UsageError(
+                f"the data set gives no batch: {self.samples} samples, batch size {batch_size}, "
+                f"drop_last={drop_last}",
+                expected="at least one batch",
+            )
+        collate = options.pop("collate_fn", None)
+        self._built = _source(dataset, collate)
+        self._loader: DataLoader[Any] | None = None
+        if options.get("num_workers", 0) or options.get("pin_memory", False):
+            self._loader = DataLoader(
+                self._built,  # type: ignore[arg-type]
+                batch_sampler=self._order,  # type: ignore[arg-type]
+                collate_fn=_as_is,
+                **options,
+            )
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        whole = self.samples / self.batch_size
+        return math.floor(whole) if self.drop_last else math.ceil(whole)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch in the order of their use: int64, `(samples,)`."""
+        if not self.shuffle:
+            return np.arange(self.samples)
+        generator = torch.Generator().manual_seed(derive(self.seed, self.stream, epoch, "order"))
+        return torch.randperm(self.samples, generator=generator).numpy()
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The batches of one epoch, from batch number `start` on.
+
+        Without workers a batch is built when it is asked for, and the global generators are left
+        seeded by it.
+        """
+        self._order.epoch, self._order.start = epoch, start
+        if self._loader is None:
+            for wanted in self._order:
+                yield self._built.__getitems__(wanted)
+            return
+        with preserved_generators():
+            # The iterator's constructor draws a base seed from torch's global generator.
+            batches = iter(self._loader)
+        yield from batches
+
+
+def _source(dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None) -> _Built | _Tensors:
+    inner, indices = dataset, None
+    if type(inner) is Subset:
+        subset: Subset[Any] = inner
+        inner, indices = subset.dataset, subset.indices
+    # Exact types only: a subclass may augment in `__getitem__`.
+    if type(inner) is TensorDataset and collate is None:
+        return _Tensors(inner.tensors, indices)
+    return _Built(dataset, collate or default_collate)
+
+
+def _refuse(dataset: Dataset[Any], batch_size: int, options: Mapping[str, Any]) -> None:
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise UsageError(
+            f"{type(dataset).__name__} has no length and no index, so no batch of it can be found again",
+            expected="a map-style data set, with __len__ and __getitem__",
+            try_next="draw the batches yourself in `for step in run.steps(n)`, where each step is seeded",
+        )
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}", expected="1 or more")
+    for name in options:
+        if name in _OWN:
+            raise UsageError(f"loader has {name!r}", expected=f"{_OWN[name]} beside it, not in loader")
+        if name in _UNSUPPORTED:
+            raise UsageError(
+                f"loader has {name!r}, which would decide the order that an exact resume has to know",
+                expected="collate_fn, num_workers, pin_memory, … in loader; the order comes from the seed",
+            )
+
+
+def size(batch: Any) -> int:
+    """The number of samples in a batch: the first dimension of the first tensor or list in it."""
+    while True:
+        if isinstance(batch, torch.Tensor):
+            return len(batch) if batch.dim() else 1
+        if isinstance(batch, Mapping):
+            batch = next(iter(batch.values()), None)
+        elif isinstance(batch, (list, tuple)) and batch:
+            # A list of samples is a batch too (detection); a tuple of columns starts with the inputs.
+            if isinstance(batch[0], (torch.Tensor, Mapping, list, tuple)):
+                batch = batch[0]
+            else:
+                return len(batch)
+        else:
+            return 1
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it on `device`, whatever the nesting."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch

@@ -1,0 +1,278 @@
+"""The thin training loop: one function that reads from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from tracked.data import Batches, size, to_device
+from tracked.errors import LossNotFinite, UsageError
+from tracked.experiment import Task
+from tracked.schedule import Due, Interval
+from tracked.seeding import derive, seed_generators
+from tracked.tracking import Run
+
+DEFAULT_EPOCHS = 10
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def fit(task: Task, run: Run, *, attached: Callable[[], None] = lambda: None) -> None:
+    """Train `task`, fresh or from where `run` stands; there is no difference in here.
+
+    Args:
+        task: What to train.
+        run: Where it is logged, and what draws its batches.
+        attached: Called once the parts have their state, before the first batch.
+
+    Raises:
+        LossNotFinite: A loss, or the monitored metric, is no finite number.
+        UsageError: Task and settings do not go together.
+    """
+    settings = run.settings
+    device = choose_device(settings.device)
+    task.model.to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=task.precision == "fp16")
+    window_loss = _Mean()
+    if task.val_data is not None:
+        settings = replace(
+            settings, monitor=settings.monitor or task.monitor, mode=settings.mode or task.mode
+        )
+    if settings.epochs is None and settings.max_steps is None:
+        settings = replace(settings, epochs=DEFAULT_EPOCHS)
+    run.configure(
+        settings,
+        batch_size=task.batch_size,
+        accumulate=task.accumulate,
+        clip_norm=task.clip_norm,
+        precision=task.precision,
+    )
+
+    parts = {"model": task.model, "optimizer": task.optimizer, "scheduler": task.scheduler}
+    run.attach(**{name: part for name, part in parts.items() if part is not None})
+    run.attach(scaler=scaler, running_loss=window_loss, **_stateful_metrics(task))
+    attached()
+
+    evaluation = Due([Interval.parse(settings.eval_every)])
+    windows = run.windows(
+        task.train_data, batch_size=task.batch_size, accumulate=task.accumulate, loader=task.loader
+    )
+    monitored: float | None = None
+    for window in windows:
+        rates = learning_rates(task.optimizer)
+        loss = train_step(task, scaler, [to_device(batch, device) for batch in window], device, run)
+        window_loss.update(loss)
+        if settings.logs_at(run.step):
+            run.log({"train/loss": window_loss.take(), **run.changed(rates)})
+        if task.scheduler is not None and task.scheduler_interval == "step":
+            _advance(task.scheduler, monitored)
+        if task.val_data is not None and evaluation.is_due(
+            step=run.step, epoch=run.epoch, epoch_ended=run.epoch_ended, now=0.0
+        ):
+            metrics = evaluate(task, device, run)
+            monitored = _monitored(metrics, settings.monitor)
+            run.log(metrics)
+        if run.epoch_ended:
+            run.log({"epoch": run.epoch})
+            if task.scheduler is not None and task.scheduler_interval == "epoch":
+                _advance(task.scheduler, monitored)
+
+
+def train_step(
+    task: Task, scaler: torch.amp.GradScaler, window: list[Any], device: torch.device, run: Run
+) -> torch.Tensor:
+    """One step over an accumulation window; its loss, weighted by samples: a detached scalar.
+
+    Raises:
+        LossNotFinite: The loss is NaN or infinite (on CUDA found a moment later, by the run itself).
+    """
+    task.model.train()
+    samples = [size(batch) for batch in window] if len(window) > 1 else [1]
+    losses = []
+    for batch, count in zip(window, samples, strict=True):
+        with _autocast(task.precision, device):
+            loss = _loss(task, batch)
+        part = loss * (count / sum(samples)) if len(window) > 1 else loss
+        if device.type == "cpu" and not math.isfinite(part.item()):
+            raise not_finite(run, float(part.item()))
+        scaler.scale(part).backward()
+        losses.append(part.detach())
+    if task.clip_norm is not None:
+        scaler.unscale_(task.optimizer)
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), task.clip_norm)
+    scaler.step(task.optimizer)
+    scaler.update()
+    task.optimizer.zero_grad()
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
+    """The metrics of every validation set by their logged names; the model's modes are left as they were."""
+    training = [module for module in task.model.modules() if module.training]
+    task.model.eval()
+    sets = task.val_data if isinstance(task.val_data, Mapping) else {"val": task.val_data}
+    values: dict[str, float] = {}
+    for name, data in sets.items():
+        seed = derive(run.settings.seed, "eval", run.step, name)
+        seed_generators(seed)
+        batches = Batches(
+            data,  # type: ignore[arg-type]
+            batch_size=task.batch_size,
+            seed=seed,
+            shuffle=False,
+            stream="eval",
+            loader=task.loader,
+        )
+        loader = (to_device(batch, device) for batch in batches.epoch(0))
+        found = task.evaluate(task.model, loader) if task.evaluate else _measure(task, loader, device)
+        values |= {f"{name}/{key}": float(value) for key, value in found.items()}
+    for module in training:
+        module.training = True
+    return values
+
+
+def _measure(task: Task, loader: Iterator[Any], device: torch.device) -> dict[str, Any]:
+    """Loss and functions as means weighted by samples; objects as they compute themselves."""
+    functions = {name: metric for name, metric in task.metrics.items() if not hasattr(metric, "compute")}
+    objects = {name: metric for name, metric in task.metrics.items() if hasattr(metric, "compute")}
+    for metric in objects.values():
+        metric.reset()
+    sums: dict[str, Any] = {}
+    total = 0.0
+    for batch in loader:
+        with _autocast(task.precision, device):
+            found, weight, outputs, targets = _judge(task, batch)
+        for name, function in functions.items():
+            found[name] = function(outputs, targets)
+        for metric in objects.values():
+            metric.update(outputs, targets)
+        for name, value in found.items():
+            exact = value.detach().double() if isinstance(value, torch.Tensor) else float(value)
+            sums[name] = sums.get(name, 0.0) + exact * weight
+        total += float(weight)
+    means = {name: value / total for name, value in sums.items()}
+    return means | {name: metric.compute() for name, metric in objects.items()}
+
+
+def _judge(task: Task, batch: Any) -> tuple[dict[str, Any], Any, Any, Any]:
+    if task.step is not None:
+        result = task.step(task.model, batch)
+        loss, weight = result if isinstance(result, tuple) else (result, size(batch))
+        return {"loss": loss}, weight, None, None
+    outputs, targets = _forward(task, batch)
+    assert task.loss is not None
+    return {"loss": task.loss(outputs, targets)}, size(batch), outputs, targets
+
+
+def _loss(task: Task, batch: Any) -> torch.Tensor:
+    if task.step is not None:
+        result = task.step(task.model, batch)
+        loss: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return loss
+    assert task.loss is not None
+    return task.loss(*_forward(task, batch))
+
+
+def _forward(task: Task, batch: Any) -> tuple[Any, Any]:
+    if task.forward is not None:
+        return task.forward(task.model, batch)
+    inputs, targets = batch
+    return task.model(inputs), targets
+
+
+def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+
+
+def _advance(scheduler: Any, monitored: float | None) -> None:
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step()
+    elif monitored is not None:
+        scheduler.step(monitored)
+
+
+def _monitored(metrics: Mapping[str, float], monitor: str | None) -> float | None:
+    if monitor is not None and monitor not in metrics and not monitor.startswith("train/"):
+        raise UsageError(
+            f"the monitored metric {monitor!r} is never logged",
+            expected=f"one of {', '.join(sorted(metrics))}",
+            try_next=f"--monitor {min(metrics, default='val/loss')}",
+        )
+    return metrics.get(monitor or "")
+
+
+def _stateful_metrics(task: Task) -> dict[str, Any]:
+    return {
+        f"metric_{name}": metric
+        for name, metric in task.metrics.items()
+        if hasattr(metric, "state_dict") and hasattr(metric, "load_state_dict")
+    }
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """`lr`, or one `lr/<group>` for each parameter group when they differ."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    if all(rate == rates[0] for rate in rates):
+        return {"lr": rates[0]}
+    return {f"lr/{number}": rate for number, rate in enumerate(rates)}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` means.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"the device {name!r} cannot be used: {str(error).splitlines()[0]}",
+            expected="auto, cpu, cuda or cuda:N",
+            try_next="--device cpu",
+        ) from None
+    return device
+
+
+def not_finite(run: Run, value: float) -> LossNotFinite:
+    """The error for a training loss that is no number any more."""
+    return LossNotFinite(
+        f"the training loss is {value} at step {run.step} (epoch {run.epoch})",
+        expected="a finite number",
+        try_next=f"python -m tracked.run resume {run.id} lr=… with a smaller learning rate, from the last checkpoint",
+    )
+
+
+class _Mean:
+    """The mean of the losses since the last logged one; a single loss goes through untouched."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+        self.count = 0
+
+    def update(self, loss: torch.Tensor) -> None:
+        self.total = loss if self.total is None else self.total + loss
+        self.count += 1
+
+    def take(self) -> torch.Tensor:
+        assert self.total is not None
+        mean = self.total if self.count == 1 else self.total / self.count
+        self.total, self.count = None, 0
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.total, self.count = state["total"], state["count"]

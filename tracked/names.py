@@ -1,0 +1,97 @@
+"""What MLflow can hold: the names of metrics and params, and the numbers.
+
+Written out here, because the trainer refuses a bad name at once and never imports MLflow.
+"""
+
+from __future__ import annotations
+
+import math
+import posixpath
+import re
+import sys
+from collections.abc import Mapping
+
+from tracked.errors import MetricError
+
+LONGEST = 250
+
+# Tags that people see.
+STATE = "tracked.state"
+CHECKPOINT = "tracked.checkpoint"
+STOP_REASON = "tracked.stop_reason"
+COMMAND = "tracked.command"
+# Tags that MLflow's interface hides.
+HANDLE = "mlflow.tracked.handle"
+ATTEMPT = "mlflow.tracked.attempt"
+HEARTBEAT = "mlflow.tracked.heartbeat"
+HOLDER = "mlflow.tracked.holder"
+EXPERIMENT_FILE = "mlflow.tracked.experiment_file"
+OVERRIDE = "mlflow.tracked.override"
+DIVERGED_AT = "mlflow.tracked.diverged_at"
+POINTS = "mlflow.tracked.points"
+SETTINGS = "mlflow.tracked.settings"
+RUN_KEY = "mlflow.tracked.run_key"
+EXACT = "mlflow.tracked.exact"
+
+# A param can be written once, so it decides which of several newcomers has the attempt.
+_ATTEMPT_PARAM = "tracked.attempt."
+
+
+def attempt_param(number: int) -> str:
+    return f"{_ATTEMPT_PARAM}{number}"
+
+
+def newest_attempt(params: Mapping[str, str]) -> tuple[int, str]:
+    """Number and nonce of a run's newest attempt; the first writes no param, so it is `(1, "")`."""
+    claimed = [
+        (int(number), nonce)
+        for name, nonce in params.items()
+        if name.startswith(_ATTEMPT_PARAM) and (number := name.removeprefix(_ATTEMPT_PARAM)).isdigit()
+    ]
+    return max(claimed, default=(1, ""))
+
+
+_ALLOWED = re.compile(r"[/\w.\- :]*")
+_OTHERS = re.compile(r"[^/\w.\- :]")
+
+
+def validate_key(key: str) -> None:
+    """Refuse a metric's name that MLflow would refuse.
+
+    Raises:
+        MetricError: for a name that is empty, is longer than 250 characters, holds other characters than
+            letters, digits, ``_ - . / :`` and spaces, or is no path of its own (``a//b``, ``../a``, ``/a``).
+    """
+    if not isinstance(key, str):
+        raise MetricError(
+            f"a metric's name is {key!r}", expected="a string", try_next=f"the name {str(key)!r}"
+        )
+    # One name more than MLflow's own rule is refused: "loss\n", which its pattern lets through.
+    if not _ALLOWED.fullmatch(key):
+        raise MetricError(
+            f"the metric name {key!r} holds a character that MLflow refuses",
+            expected="letters, digits, underscores, dashes, periods, slashes, colons and spaces",
+            try_next=f"the name {_OTHERS.sub('_', key)!r}",
+        )
+    path = posixpath.normpath(key)
+    if path != key or path == "." or path.startswith(("..", "/")):
+        raise MetricError(
+            f"the metric name {key!r} is refused by MLflow, which reads names as paths",
+            expected="a relative path without empty parts, '.' and '..'",
+            try_next="a name like 'train/loss'",
+        )
+    if len(key) > LONGEST:
+        raise MetricError(
+            f"a metric's name has {len(key)} characters: {key[:40]!r}…",
+            expected=f"at most {LONGEST}",
+            try_next="a shorter name",
+        )
+
+
+def stored(value: float) -> float:
+    """What MLflow gives back for a value.
+
+    NaN stays NaN, an infinity becomes the largest finite double of its sign, and -0.0 becomes 0.0, because
+    SQLite keeps no sign of zero.
+    """
+    return math.copysign(sys.float_info.max, value) if math.isinf(value) else value + 0.0

@@ -1,0 +1,166 @@
+"""What a training logs: stamped once, checked, compared with what an earlier attempt delivered."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tracked.errors import MetricError
+from tracked.names import stored, validate_key
+
+Replay = Mapping[str, Mapping[int, float]]
+"""What stands on the server beyond the checkpoint: key -> step -> stored value."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first recomputed point that differs from the one an earlier attempt delivered."""
+
+    key: str
+    step: int
+    delivered: float
+    recomputed: float
+
+
+class PointLog:
+    """The buffer between `Run.log` and the journal.
+
+    `log` is called by the training thread, `drain` by the one that writes the journal. The order of
+    points is the order of logging, the steps of a key only grow, and a (key, step) is taken once.
+    """
+
+    def __init__(self, replay: Replay | None = None) -> None:
+        self._buffer: list[tuple[str, int, int, float | torch.Tensor]] = []
+        self._last: dict[str, tuple[int, float | torch.Tensor]] = {}
+        self._counts: dict[str, int] = {}
+        self._replay = dict(replay or {})
+        self.replayed_equal = 0
+        self.diverged: Divergence | None = None
+        self.drained = 0
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take values for `step`: numbers or tensors with one element, read now (on CUDA: copied now).
+
+        Raises:
+            MetricError: No scalar, a name that MLflow refuses, another value for a (key, step) that is
+                taken, or a step before the key's last one.
+        """
+        now = int(time.time() * 1000)
+        for key, value in values.items():
+            number = value if type(value) is float else _number(key, value)
+            last = self._last.get(key)
+            if last is None:
+                validate_key(key)
+                self._counts.setdefault(key, 0)
+            elif step <= last[0]:
+                _check_repeated(key, step, number, *last)
+                continue
+            self._last[key] = (step, number)
+            self._counts[key] += 1
+            self._buffer.append((key, step, now, number))
+
+    def last(self, key: str) -> float | torch.Tensor | None:
+        """The value last logged under `key`."""
+        last = self._last.get(key)
+        return None if last is None else last[1]
+
+    def latest(self) -> dict[str, float]:
+        """The last value of each key."""
+        return {key: float(value) for key, (_, value) in self._last.items()}
+
+    def drain(self) -> list[tuple[str, int, int, float]]:
+        """Take out what was logged, less what already stands on the server."""
+        # `log` may append meanwhile: only what is there now is taken, never the list itself.
+        count = len(self._buffer)
+        taken = self._buffer[:count]
+        del self._buffer[:count]
+        points = _fetched(taken)
+        self.drained += len(points)
+        return [point for point in points if not self._stands(point)] if self._replay else points
+
+    def _stands(self, point: tuple[str, int, int, float]) -> bool:
+        key, step, _, value = point
+        delivered = self._replay.get(key, {}).get(step)
+        if delivered is None:
+            return False
+        if same(stored(value), delivered):
+            self.replayed_equal += 1
+        elif self.diverged is None:
+            self.diverged = Divergence(key, step, delivered, value)
+        # Either way the server has a point for this (key, step), and none can be deleted there.
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "counts": dict(self._counts),
+            "last": {key: (step, float(value)) for key, (step, value) in self._last.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._counts = dict(state["counts"])
+        self._last = {key: (step, value) for key, (step, value) in state["last"].items()}
+
+
+def same(a: float, b: float) -> bool:
+    """Equal, with NaN equal to NaN."""
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def _number(key: str, value: Any) -> float | torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise _no_scalar(key, f"a tensor of shape {tuple(value.shape)} and {value.dtype}")
+        if value.device.type == "cpu":
+            return float(value.item())
+        # `.item()` would wait for the device; a copy there keeps the value as it is now.
+        return value.detach().clone()
+    if isinstance(value, (str, bytes)):
+        raise _no_scalar(key, f"the text {value!r:.60}")
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise _no_scalar(key, f"a {type(value).__name__}: {value!r:.60}") from None
+
+
+def _no_scalar(key: str, what: str) -> MetricError:
+    return MetricError(
+        f"the metric {key!r} is {what}",
+        expected="one number: a float, an int, or a tensor with one element",
+        try_next=f"run.log({{{key!r}: value.mean()}}), or run.log_artifact for anything larger",
+    )
+
+
+def _check_repeated(
+    key: str, step: int, value: float | torch.Tensor, last_step: int, last_value: float | torch.Tensor
+) -> None:
+    if step < last_step:
+        raise MetricError(
+            f"the metric {key!r} is logged at step {step} after step {last_step}",
+            expected="steps that do not go back: a point on the server cannot be replaced",
+        )
+    if not same(float(value), float(last_value)):
+        raise MetricError(
+            f"the metric {key!r} is logged twice at step {step}: {float(last_value)!r} and {float(value)!r}",
+            expected="one value for a key and step",
+            try_next="two names, if these are two things",
+        )
+
+
+def _fetched(
+    taken: list[tuple[str, int, int, float | torch.Tensor]],
+) -> list[tuple[str, int, int, float]]:
+    pending: dict[torch.device, list[torch.Tensor]] = {}
+    for *_, value in taken:
+        if isinstance(value, torch.Tensor):
+            pending.setdefault(value.device, []).append(value.double().reshape(()))
+    # CPU-GPU sync: one for everything that was logged since the last flush.
+    arrived = {device: iter(torch.stack(values).tolist()) for device, values in pending.items()}
+    return [
+        (key, step, timestamp, next(arrived[value.device]) if isinstance(value, torch.Tensor) else value)
+        for key, step, timestamp, value in taken
+    ]

@@ -1,0 +1,61 @@
+"""The progress bar: loss, validation metric, speed, and points that are not delivered yet."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from tracked.tracking import Progress
+
+if TYPE_CHECKING:
+    from tracked.tracking import Run
+
+
+class Bar(Progress):
+    """A bar on standard error, over all steps of the run; lines only, where that is no terminal.
+
+    Args:
+        show: False leaves the bar out, and keeps the lines.
+        run_id_file: Where the run's ID is written as soon as there is one.
+    """
+
+    def __init__(self, *, show: bool = True, run_id_file: Path | None = None) -> None:
+        self._show = show and sys.stderr.isatty()
+        self._run_id_file = run_id_file
+        self._bar: tqdm[Any] | None = None
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def warn(self, text: str) -> None:
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
+    def identify(self, run_id: str, url: str) -> None:
+        self.say(f"run {run_id}  {url or '(open it with `python -m tracked.run ui`)'}")
+        if self._run_id_file is not None:
+            self._run_id_file.parent.mkdir(parents=True, exist_ok=True)
+            self._run_id_file.write_text(f"{run_id}\n")
+
+    def update(self, run: Run) -> None:
+        if not self._show or run.total_steps is None:
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", dynamic_ncols=True)
+        latest = run.latest()
+        shown = {"epoch": str(run.epoch)}
+        shown |= {
+            key: f"{latest[key]:.4g}" for key in ("train/loss", run.settings.monitor or "") if key in latest
+        }
+        if pending := run.pending():
+            shown["undelivered"] = f"{pending} ({run.trouble()})" if run.trouble() else str(pending)
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.n = run.step
+        self._bar.refresh()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

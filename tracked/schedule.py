@@ -1,0 +1,144 @@
+"""The loop's settings, and when something is due: "1 epoch", "200 steps", "5 min"."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from tracked.errors import UsageError
+
+Unit = Literal["epoch", "step", "second"]
+_UNITS: dict[str, tuple[Unit, float]] = {
+    "epoch": ("epoch", 1),
+    "step": ("step", 1),
+    "s": ("second", 1),
+    "sec": ("second", 1),
+    "second": ("second", 1),
+    "min": ("second", 60),
+    "minute": ("second", 60),
+    "h": ("second", 3600),
+    "hour": ("second", 3600),
+}
+_LONGEST_RUN_OF_EVERY_STEP = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Every so many epochs, steps or seconds."""
+
+    every: float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: str) -> Interval:
+        """Read "1 epoch", "200 steps" or "5 min".
+
+        Raises:
+            UsageError: It is none of these, or not positive.
+        """
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+?)s?\s*", text.lower())
+        unit, factor = _UNITS.get(match[2], (None, 0.0)) if match else (None, 0.0)
+        every = float(match[1]) * factor if match else 0.0
+        if unit is None or every <= 0 or (unit != "second" and every != int(every)):
+            raise UsageError(
+                f"the interval {text!r} cannot be read",
+                expected='a whole number of epochs or steps, or a time: "1 epoch", "200 steps", "5 min"',
+            )
+        return cls(every, unit)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long a training goes on, and what it does on the way. Recorded as `loop.…`.
+
+    Raises:
+        UsageError: A value that cannot work.
+    """
+
+    seed: int = 0
+    epochs: int | None = None
+    max_steps: int | None = None
+    eval_every: str = "1 epoch"
+    checkpoint_every: tuple[str, ...] = ("1 epoch",)
+    log_every: int | Literal["auto"] = "auto"
+    keep_last: int = 3
+    keep_best: int = 1
+    monitor: str | None = None
+    mode: Literal["min", "max"] | None = None
+    patience: int | None = None
+    min_delta: float = 0.0
+    deterministic: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("epochs", 1),
+            ("max_steps", 1),
+            ("patience", 1),
+            ("keep_last", 1),
+            ("keep_best", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} is {value}", expected=f"{least} or more")
+        if self.log_every != "auto" and self.log_every < 1:
+            raise UsageError(f"log_every is {self.log_every}", expected="1 or more, or auto")
+        if self.mode not in (None, "min", "max"):
+            raise UsageError(f"mode is {self.mode!r}", expected="min or max")
+        if not self.min_delta >= 0:
+            raise UsageError(f"min_delta is {self.min_delta}", expected="0 or more")
+        object.__setattr__(self, "checkpoint_every", tuple(self.checkpoint_every))
+        for text in self.checkpoint_every:
+            Interval.parse(text)
+        if Interval.parse(self.eval_every).unit == "second":
+            raise UsageError(
+                f"eval_every is {self.eval_every!r}",
+                expected="epochs or steps: what an evaluation decides must not depend on the machine's speed",
+            )
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Settings:
+        """The settings that a checkpoint recorded; names of other versions are left out."""
+        known = {each.name for each in fields(cls)}
+        return cls(**{name: item for name, item in value.items() if name in known})
+
+    def logs_at(self, step: int) -> bool:
+        """Whether the training loss is logged at `step`: a function of the step alone.
+
+        `auto` is every step up to 10,000, every 10th up to 100,000, and so on.
+        """
+        if self.log_every != "auto":
+            return step % self.log_every == 0
+        every, until = 1, _LONGEST_RUN_OF_EVERY_STEP
+        while step > until:
+            every, until = every * 10, until * 10
+        return step % every == 0
+
+
+@dataclass
+class Due:
+    """Which of several intervals have passed, counted in steps, epochs and seconds since the last time."""
+
+    intervals: list[Interval] = field(default_factory=list)
+    last_time: float = 0.0
+
+    def is_due(self, *, step: int, epoch: int, epoch_ended: bool, now: float) -> bool:
+        """Whether one of the intervals ends here.
+
+        Args:
+            step: Completed steps.
+            epoch: Completed epochs.
+            epoch_ended: Whether this step completed that epoch.
+            now: Seconds on a clock that only goes forward.
+        """
+        for interval in self.intervals:
+            if interval.unit == "epoch":
+                if epoch_ended and epoch % int(interval.every) == 0:
+                    return True
+            elif interval.unit == "step":
+                if step % int(interval.every) == 0:
+                    return True
+            elif now - self.last_time >= interval.every:
+                return True
+        return False

@@ -1,0 +1,479 @@
+"""The process that drains the spool: one for each outbox, alive while there is something to send.
+
+Three threads share the work, so that none waits for another: the points lane sends params, tags
+and points in order, the files lane sends checkpoints and pictures, and the heartbeats tell the
+server that the run is alive, renew the right to send for it, and fetch what a person asked for.
+A checkpoint's pointer joins the lanes: it is sent when its file is verified on the server and all
+points appended before it are acknowledged.
+
+Whatever a server answers, short of finding a record invalid, the queue is held and tried again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracked.address import redact
+from tracked.archive import digest
+from tracked.errors import (
+    CheckpointError,
+    RecordRejected,
+    ServerError,
+    ServerUnavailable,
+    TrackedError,
+)
+from tracked.failpoints import reach
+from tracked.journal import START, Place, Reader
+from tracked.names import (
+    CHECKPOINT,
+    COMMAND,
+    HEARTBEAT,
+    STATE,
+    STOP_REASON,
+    newest_attempt,
+)
+from tracked.spool import Lock, Outbox, RunFolder, is_held, read_json, write_json
+
+if TYPE_CHECKING:
+    from tracked.server import Point, RunView, Server
+
+POINTS_IN_A_REQUEST = 1000
+POLL_SECONDS = 0.05
+IDLE_SECONDS = 60.0
+LEASE_SECONDS = 10.0
+LONGEST_BACK_OFF = 5.0
+
+
+def heartbeat_seconds() -> float:
+    """How often a run's heartbeat is sent: `TRACKED_HEARTBEAT`, else 3 s."""
+    return float(os.environ.get("TRACKED_HEARTBEAT", "3"))
+
+
+def ensure(outbox: Outbox, tracking_uri: str) -> None:
+    """Start a sender for `outbox` unless one is alive. Returns at once."""
+    if is_held(outbox.sender_lock):
+        return
+    package = str(Path(__file__).parent.parent)
+    environment = {
+        **os.environ,
+        # The address may hold a password, which must not show in the list of processes.
+        "TRACKED_SENDER_URI": tracking_uri,
+        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+    }
+    with (outbox.path / "sender.log").open("ab") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "tracked.sender", str(outbox.path)],
+            env=environment,
+            cwd=outbox.path,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a terminal's Ctrl-C, or a scheduler's SIGTERM, is for the training
+        )
+
+
+class Delivery:
+    """One journal on its way to the server."""
+
+    def __init__(self, folder: Path, server: Server) -> None:
+        self.folder = folder
+        self.run = RunFolder(folder.parent)
+        self.reader = Reader(folder, ("points", "files"))
+        self.server = server
+        self.view: RunView | None = None
+        self.superseded = False
+        self._start: dict[str, Any] = {}
+        self._files_seen = self.reader.cursor("files")
+        self._uploaded: Place | None = None
+        self._ended = False
+        self._lease_until = 0.0
+        self._about_lock = threading.Lock()
+        self._open_lock = threading.Lock()
+
+    # -- what is told to the training, and kept for the next attempt on this machine
+
+    def tell(self, **changes: Any) -> None:
+        """Change entries of the run's `run.json`, which the training polls."""
+        with self._about_lock:
+            about = self.run.about
+            if any(about.get(key) != value for key, value in changes.items()):
+                write_json(self.run.path / "run.json", {**about, **changes})
+
+    # -- opening the run, and the right to send for it
+
+    def is_open(self) -> bool:
+        """Whether the run exists on the server and is ours to send for; makes it if it is new.
+
+        Raises:
+            ServerError: The server did not answer as it should.
+        """
+        with self._open_lock:
+            if self.view is None and not self._open():
+                return False
+        return not self.superseded and self._has_lease()
+
+    def _open(self) -> bool:
+        if not self._start:
+            self._start = self._read_start()
+            if not self._start:
+                return False
+        if self._start["run_id"]:
+            self.view = self.server.get_run(self._start["run_id"])
+            if self._has_lease():
+                self.server.set_status(self.view.run_id, "RUNNING")
+                self.server.set_tags(self.view.run_id, self._start["tags"])
+        else:
+            tried = self.run.about.get("creating", False)
+            self.tell(creating=True, handle=self.run.handle)
+            self.view = self.server.create_run(
+                experiment=self._start["experiment"],
+                handle=self.run.handle,
+                name=self._start["name"],
+                start_time=self._start["start_time"],
+                tags=self._start["tags"],
+                retry=tried,
+            )
+            reach("sender.run-created")
+        self.tell(
+            run_id=self.view.run_id,
+            experiment_id=self.view.experiment_id,
+            url=self.server.url(self.view),
+            attempt=self._start["attempt"],
+            points=self.reader.acknowledged,
+            superseded=False,
+            trouble="",
+        )
+        return True
+
+    def _read_start(self) -> dict[str, Any]:
+        kept = self.folder / "start.json"  # the segment that began with it may be delivered and gone
+        if not kept.exists():
+            first = next(self.reader.records("points", START), None)
+            if first is None:
+                return {}
+            if first.kind != "start":
+                raise ServerError(
+                    f"the first record of {self.folder} is damaged, so its run is not known",
+                    try_next="python -m tracked.run list, for the run's other attempts; the folder is kept",
+                )
+            write_json(kept, first.body)
+        return read_json(kept)
+
+    def _has_lease(self) -> bool:
+        # Time that the machine spent suspended counts: somebody may have taken over meanwhile.
+        if _boot_seconds() < self._lease_until:
+            return True
+        return self._renew()
+
+    def _renew(self) -> bool:
+        assert self.view is not None
+        asked = _boot_seconds()
+        self.view = self.server.get_run(self.view.run_id)
+        number, nonce = newest_attempt(self.view.params)
+        mine = self._start["attempt"]
+        if number > mine or (number == mine and nonce not in ("", self._start["nonce"])):
+            self.superseded = True
+            self.tell(superseded=True)
+            return False
+        self._lease_until = asked + LEASE_SECONDS
+        return True
+
+    def beat(self) -> None:
+        """Renew the lease, tell the server that the run is alive, fetch a person's command."""
+        if self.view is None or self.superseded or self._ended or not self._renew():
+            return
+        self.tell(command=self.view.tags.get(COMMAND, ""))
+        self.server.set_tags(self.view.run_id, {HEARTBEAT: str(int(time.time() * 1000))})
+
+    # -- the points lane
+
+    def send_points(self) -> bool:
+        """Send the next batch of the points lane; whether there was one.
+
+        Raises:
+            ServerError: The server did not take it; it stays in the journal.
+        """
+        if not self.is_open():
+            return False
+        batch: list[Point] = []
+        end = self.reader.cursor("points")
+        for record in self.reader.records("points"):
+            if record.kind == "points":
+                if len(batch) + len(record.body) > POINTS_IN_A_REQUEST and batch:
+                    break
+                batch += [(key, step, timestamp, value) for key, step, timestamp, value in record.body]
+            elif record.kind in ("params", "tags", "damaged"):
+                if batch:
+                    break
+                self._send_facts(record.kind, record.body)
+                self.reader.acknowledge("points", record.end)
+                return True
+            end = record.end
+        if end == self.reader.cursor("points"):
+            return False
+        if batch:
+            self._send_batch(batch)
+            reach("sender.before-acknowledge")
+        self.reader.acknowledge("points", end, len(batch))
+        self.tell(points=self.reader.acknowledged, trouble="")
+        return True
+
+    def _send_batch(self, points: Sequence[Point]) -> None:
+        assert self.view is not None
+        try:
+            self.server.log_points(self.view.run_id, points)
+        except RecordRejected as error:
+            if len(points) == 1:
+                self._reject("point", list(points[0]), error)
+                return
+            middle = len(points) // 2
+            self._send_batch(points[:middle])
+            self._send_batch(points[middle:])
+
+    def _send_facts(self, kind: str, body: dict[str, str]) -> None:
+        assert self.view is not None
+        if kind == "damaged":
+            self._reject("journal", body, ServerError("part of the journal is damaged and could not be read"))
+            return
+        send = self.server.log_params if kind == "params" else self.server.set_tags
+        try:
+            send(self.view.run_id, body)
+        except RecordRejected as error:
+            if len(body) == 1:
+                self._reject(kind, body, error)
+                return
+            for name, value in body.items():
+                self._send_facts(kind, {name: value})
+
+    def _reject(self, kind: str, body: Any, error: Exception) -> None:
+        with (self.run.path / "rejected.jsonl").open("a") as file:
+            file.write(json.dumps({"kind": kind, "record": body, "reason": str(error)[:500]}) + "\n")
+        self.tell(
+            rejected=self.run.about.get("rejected", 0) + 1, rejected_reason=f"{kind} {body}: {error}"[:300]
+        )
+
+    # -- the files lane
+
+    def send_file(self) -> bool:
+        """Send the next record of the files lane; whether anything moved.
+
+        Raises:
+            ServerError: The server did not take it; it stays in the journal.
+        """
+        if not self.is_open():
+            return False
+        for record in self.reader.records("files", self._files_seen):
+            if record.kind == "artifact":
+                self._send_artifact(record.body)
+            elif record.kind == "checkpoint":
+                if not self._send_checkpoint(record.body, record.end):
+                    return False
+            elif record.kind == "end":
+                if self.reader.cursor("points") < record.end:
+                    return False
+                self._send_end(record.body)
+            else:
+                self._files_seen = record.end
+                continue
+            self._files_seen = record.end
+            self.reader.acknowledge("files", record.end)
+            self.tell(trouble="")
+            return True
+        if self._files_seen.segment > self.reader.cursor("files").segment:
+            self.reader.acknowledge("files", self._files_seen)
+        return False
+
+    def _send_artifact(self, body: dict[str, str]) -> None:
+        assert self.view is not None
+        path = self.folder / body["file"]
+        try:
+            self.server.upload(self.view.run_id, path, body["directory"])
+        except (RecordRejected, CheckpointError) as error:
+            self._reject("artifact", body, error)
+        path.unlink(missing_ok=True)
+
+    def _send_checkpoint(self, body: dict[str, Any], end: Place) -> bool:
+        """Upload, verify, and commit by the tag; False while points before it are not acknowledged."""
+        assert self.view is not None
+        run_id = self.view.run_id
+        local = self.run.checkpoints / f"step-{body['step']:08d}"
+        directory = f"checkpoints/{local.name}"
+        if self._uploaded != end:
+            if not (local / "checkpoint.pt").exists() or digest(local / "checkpoint.pt") != body["sha256"]:
+                # A newer one has taken its place while the server was away.
+                return True
+            reach("sender.before-upload")
+            self.server.upload(run_id, local / "checkpoint.pt", directory)
+            reach("sender.mid-upload")
+            self.server.upload(run_id, local / "manifest.json", directory)
+            found = self.server.sizes(run_id, directory).get("checkpoint.pt")
+            if found != body["bytes"]:
+                raise ServerUnavailable(
+                    f"the server holds {found} of {body['bytes']} bytes of {directory}/checkpoint.pt"
+                )
+            self._uploaded = end
+        if self.reader.cursor("points") < end:
+            return False
+        reach("sender.before-tag")
+        pointer = {key: body[key] for key in ("step", "epoch", "path", "sha256", "bytes")}
+        self.server.set_tags(run_id, {CHECKPOINT: json.dumps(pointer)})
+        self.tell(committed=body["step"])
+        reach("sender.before-prune")
+        self._prune({*body["keep"], body["step"]})
+        return True
+
+    def _prune(self, keep: set[int]) -> None:
+        """Delete this run's superseded checkpoints on the server, and nothing else."""
+        assert self.view is not None
+        for name in self.server.directories(self.view.run_id, "checkpoints"):
+            digits = name.removeprefix("step-")
+            if name.startswith("step-") and digits.isdigit() and int(digits) not in keep:
+                self.server.delete(self.view.run_id, f"checkpoints/{name}")
+
+    def _send_end(self, body: dict[str, Any]) -> None:
+        assert self.view is not None
+        self._ended = True  # no heartbeat may follow it
+        self.server.set_tags(self.view.run_id, body["tags"])
+        self.server.set_status(self.view.run_id, body["status"], body["end_time"])
+        self.tell(ended=self.folder.name, state=body["tags"][STATE])
+
+    # -- the end of a journal
+
+    def close_if_done(self) -> bool:
+        """Finish a journal whose writer is gone and whose records are all delivered.
+
+        Raises:
+            ServerError: The server did not answer as it should.
+        """
+        if self.reader.is_written():
+            return False
+        if self.superseded:
+            # All up to a committed checkpoint was delivered before; the newer attempt computes the rest.
+            self.tell(discarded=self.folder.name)
+        elif self.view is None and not self._read_start():
+            pass  # killed before its first record: there is nothing to tell, and no run
+        elif not self.is_open() or not self._at_end():
+            return False
+        elif self.run.about.get("ended") != self.folder.name:
+            crashed = {STATE: "crashed", STOP_REASON: "the training process was killed or died"}
+            self._send_end({"status": "FAILED", "end_time": int(time.time() * 1000), "tags": crashed})
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return True
+
+    def _at_end(self) -> bool:
+        """Whether both lanes have passed the last whole record."""
+        unsent = next(self.reader.records("points"), None)
+        return unsent is None and next(self.reader.records("files", self._files_seen), None) is None
+
+
+class Sender:
+    """Serves every journal of an outbox, in turn, until there has been nothing to do for a while."""
+
+    def __init__(self, outbox: Outbox, lock: Lock, server: Server) -> None:
+        self.outbox = outbox
+        self.lock = lock
+        self.server = server
+        self.deliveries: dict[Path, Delivery] = {}
+        self._lock = threading.Lock()
+        self._leaving = threading.Event()
+
+    def serve(self) -> None:
+        """Run the three threads until the outbox has been empty for a minute."""
+        threads = [
+            threading.Thread(target=self._work, args=(Delivery.send_points,), name="points", daemon=True),
+            threading.Thread(target=self._work, args=(Delivery.send_file,), name="files", daemon=True),
+            threading.Thread(target=self._beat, name="heartbeats", daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        idle_since = time.monotonic()
+        while time.monotonic() - idle_since < IDLE_SECONDS and all(thread.is_alive() for thread in threads):
+            if not self.lock.is_in_place():
+                break  # the spool was deleted, and whatever stands there now has a sender of its own
+            self._look_for_journals()
+            self._close_done()
+            if self.deliveries:
+                idle_since = time.monotonic()
+            self._leaving.wait(POLL_SECONDS * 4)
+        self._leaving.set()
+        for thread in threads:
+            thread.join()
+
+    def _current(self) -> list[Delivery]:
+        with self._lock:
+            return list(self.deliveries.values()) if self.lock.is_in_place() else []
+
+    def _look_for_journals(self) -> None:
+        found = self.outbox.journals()
+        with self._lock:
+            for folder in found:
+                if folder not in self.deliveries:
+                    self.deliveries[folder] = Delivery(folder, self.server)
+
+    def _close_done(self) -> None:
+        for delivery in self._current():
+            try:
+                done = delivery.close_if_done()
+            except TrackedError:
+                continue  # the lanes meet the same trouble, tell of it and wait
+            if done:
+                with self._lock:
+                    del self.deliveries[delivery.folder]
+
+    def _work(self, send: Callable[[Delivery], bool]) -> None:
+        """Serve all journals fairly, one request each in turn."""
+        back_off = 0.0
+        while not self._leaving.is_set():
+            moved = False
+            for delivery in self._current():
+                try:
+                    moved = send(delivery) or moved
+                except TrackedError as error:
+                    back_off = min(max(back_off * 2, 0.2), LONGEST_BACK_OFF)
+                    delivery.tell(trouble=redact(error.found)[:300])
+                    self._leaving.wait(back_off)
+                else:
+                    back_off = 0.0
+            if not moved:
+                self._leaving.wait(POLL_SECONDS)
+
+    def _beat(self) -> None:
+        while not self._leaving.wait(heartbeat_seconds()):
+            for delivery in self._current():
+                try:
+                    delivery.beat()
+                except TrackedError:
+                    continue  # the lease runs out by itself, and the lanes tell of the trouble
+
+
+def _boot_seconds() -> float:
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime(clock)
+
+
+def main() -> None:
+    outbox = Outbox(Path(sys.argv[1]))
+    lock = Lock(outbox.sender_lock)
+    for _ in range(20):
+        if lock.acquire({"started": time.time()}):
+            break
+        time.sleep(0.05)  # somebody who asks whether the lock is held has it for a moment
+    else:
+        return
+    os.nice(10)  # the training goes first
+    from tracked.server import Server  # MLflow: seconds to import, so only by the one sender there is
+
+    Sender(outbox, lock, Server(os.environ["TRACKED_SENDER_URI"])).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,954 @@
+"""All that is said to an MLflow server, or to an SQLite file in its place, and its errors made ours.
+
+Every request is made once, with a timeout of its own: who calls decides whether to try again. MLflow reads
+its settings for that from the environment, which is the user's; so they go along with each request instead.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import threading
+import uuid
+from base64 import b64encode
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+from urllib.parse import quote, unquote, urlsplit
+
+import requests
+from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
+from mlflow.entities import LifecycleStage, Metric, Param, Run, RunStatus, RunTag, ViewType
+from mlflow.exceptions import InvalidUrlException, MlflowException, RestException
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+from mlflow.store.tracking.abstract_store import AbstractStore
+from mlflow.store.tracking.rest_store import RestStore
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.logging_utils import suppress_logs_in_thread
+from mlflow.utils.proto_json_utils import parse_dict
+from mlflow.utils.rest_utils import MlflowHostCreds, http_request
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
+from tracked.address import database, normalise_uri, redact
+from tracked.errors import (
+    CheckpointError,
+    NoSuchRun,
+    RecordRejected,
+    ServerError,
+    ServerRefused,
+    ServerUnavailable,
+    UsageError,
+)
+from tracked.names import HANDLE, stored
+
+__all__ = ["Latest", "Point", "RunView", "Server", "stored"]
+
+Point = tuple[str, int, int, float]
+"""Key, step, timestamp in ms, value."""
+
+_SQLITE = "sqlite:///"
+_POINTS_A_REQUEST = 1000
+_ENTRIES_A_REQUEST = 100
+_BYTES_A_REQUEST = 900_000  # MLflow's limit is 1 MB for the whole body
+_HISTORY_PAGE = 20_000
+_RUNS_A_PAGE = 1000
+
+
+@dataclass(frozen=True)
+class Latest:
+    """The point of a key that has the largest step."""
+
+    step: int
+    timestamp: int
+    value: float
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as the server showed it at one moment. Times in ms since the epoch."""
+
+    run_id: str
+    experiment_id: str
+    name: str
+    status: str
+    start_time: int
+    end_time: int | None
+    artifact_uri: str
+    experiment_name: str | None = None
+    deleted: bool = False
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    latest: dict[str, Latest] = field(default_factory=dict)
+
+
+class Server:
+    """One tracking URI. Safe to use from several threads; opens nothing before the first call.
+
+    Args:
+        tracking_uri: ``http(s)://…`` or ``sqlite:///…``; see `tracked.address.normalise_uri`.
+        timeout: Seconds a request may take to connect, and to answer. Files get longer, by their size.
+        create: Whether an SQLite file that does not exist is made. A reader says False, and finds no runs.
+
+    Every method may raise `ServerUnavailable` (the same call may work later) or `ServerRefused` (address,
+    credentials, or a run that was deleted). No text of an error holds a password or token.
+    """
+
+    def __init__(self, tracking_uri: str, *, timeout: float = 5.0, create: bool = True) -> None:
+        self.uri = normalise_uri(tracking_uri)
+        self._database = database(self.uri)
+        self._create = create
+        self._http = None if self._database else _Http(self.uri, timeout)
+        self._opened: AbstractStore | None = _OneRequestStore(self._http) if self._http else None
+        self._experiments: dict[str, str] = {}
+
+    # Runs
+
+    def create_run(
+        self,
+        *,
+        experiment: str,
+        handle: str,
+        name: str | None,
+        start_time: int,
+        tags: Mapping[str, str],
+        retry: bool = True,
+    ) -> RunView:
+        """The one run of this handle, created if there is none.
+
+        Args:
+            experiment: The experiment's name; it is created if missing.
+            handle: A UUID.
+            name: The run's name; the server invents one for None.
+            start_time: In ms.
+            tags: Tags that the run has from the start.
+            retry: False only for the very first attempt with this handle: it saves looking for the handle.
+
+        Raises:
+            UsageError: the experiment was deleted.
+        """
+        if retry and (known := self.find_by_handle(handle)):
+            return known
+        cached = experiment in self._experiments
+        labels = [RunTag(key, value) for key, value in {**tags, HANDLE: handle}.items()]
+        try:
+            experiment_id = self._experiment_id(experiment)
+            with self._translated():
+                run = self._store.create_run(
+                    experiment_id, tags.get("mlflow.user", ""), start_time, labels, name
+                )
+        except (RecordRejected, NoSuchRun):
+            if not cached:
+                raise
+            # The experiment was deleted since its ID was learnt: ask again, and tell that instead.
+            del self._experiments[experiment]
+            return self.create_run(
+                experiment=experiment, handle=handle, name=name, start_time=start_time, tags=tags, retry=retry
+            )
+        created = self._view(run, experiment)
+        return self._without_twins(handle, created) if retry else created
+
+    def find_by_handle(self, handle: str) -> RunView | None:
+        """The run whose handle is `handle`, or None."""
+        twins = self._twins(handle)
+        return twins[0] if twins else None
+
+    def get_run(self, run_id: str) -> RunView:
+        """The run, also a deleted one.
+
+        Raises:
+            NoSuchRun: the server does not have it.
+        """
+        try:
+            with self._translated():
+                run = self._store.get_run(run_id)
+        except RecordRejected:
+            raise _no_run(run_id, self.place) from None  # not even the form of an ID
+        return self._view(run)
+
+    def search(
+        self,
+        *,
+        experiment: str | None = None,
+        filter: str = "",  # noqa: A002 - MLflow's own word for it
+        limit: int = _RUNS_A_PAGE,
+    ) -> list[RunView]:
+        """Runs that are not deleted, newest first.
+
+        Args:
+            experiment: Only runs of the experiment of this name; of all experiments by default.
+            filter: MLflow's search syntax.
+            limit: How many at most.
+
+        Raises:
+            RecordRejected: the filter cannot be parsed.
+        """
+        if self._absent():
+            return []
+        names = self._experiment_names(experiment)
+        if not names:
+            return []
+        views: list[RunView] = []
+        token: str | None = None
+        with self._translated():
+            while len(views) < limit:
+                page = self._store.search_runs(
+                    list(names),
+                    filter,
+                    ViewType.ACTIVE_ONLY,
+                    min(limit - len(views), _RUNS_A_PAGE),
+                    ["attributes.start_time DESC"],
+                    token,
+                )
+                views += [self._view(run, names.get(run.info.experiment_id)) for run in page]
+                token = page.token
+                if not token:
+                    break
+        return views
+
+    def find(self, prefix: str) -> list[RunView]:
+        """All runs that `prefix` may mean, newest first; the caller says whether one is enough.
+
+        Args:
+            prefix: An ID, at least the first 4 characters of an ID or handle, or a run's name.
+        """
+        if re.fullmatch(r"[0-9a-f]{32}", prefix):
+            try:
+                return [self.get_run(prefix)]
+            except NoSuchRun:
+                pass  # a handle may be written without dashes, and a name may be anything
+        filters = []
+        if re.fullmatch(r"[0-9a-f-]{4,36}", prefix):
+            filters += [f"attributes.run_id LIKE '{prefix}%'", f"tags.`{HANDLE}` LIKE '{prefix}%'"]
+        if quoted := _quoted(prefix):
+            filters.append(f"attributes.run_name = {quoted}")
+        found = {run.run_id: run for text in filters for run in self.search(filter=text)}
+        return sorted(found.values(), key=lambda run: (-run.start_time, run.run_id))
+
+    def set_status(self, run_id: str, status: str, end_time: int | None = None) -> None:
+        """Set a run's status: RUNNING (which reopens it), FINISHED, FAILED or KILLED. `end_time` in ms."""
+        with self._writing(run_id):
+            self._store.update_run_info(run_id, RunStatus.from_string(status), end_time, None)
+
+    # Values
+
+    def log_points(self, run_id: str, points: Sequence[Point]) -> None:
+        """Write points, up to 1000 of them in one transaction. A point written again adds nothing.
+
+        Raises:
+            RecordRejected: at least one of them can never be stored. Nothing of its transaction was.
+            NoSuchRun: the server does not have the run.
+        """
+        for start in range(0, len(points), _POINTS_A_REQUEST):
+            metrics = [
+                Metric(key, stored(value), timestamp, step)
+                for key, step, timestamp, value in points[start : start + _POINTS_A_REQUEST]
+            ]
+            with self._writing(run_id):
+                self._store.log_batch(run_id, metrics, [], [])
+
+    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """Write params, which can be written once only.
+
+        Raises:
+            RecordRejected: one of them has another value already, or can never be stored.
+        """
+        for chunk in _chunks(params.items()):
+            with self._writing(run_id):
+                self._store.log_batch(run_id, [], [Param(key, value) for key, value in chunk], [])
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Write tags over what they were."""
+        for chunk in _chunks(tags.items()):
+            with self._writing(run_id):
+                self._store.log_batch(run_id, [], [], [RunTag(key, value) for key, value in chunk])
+
+    def history(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
+        """Every point of a key as (step, timestamp in ms, value), by step, then timestamp."""
+        points: list[tuple[int, int, float]] = []
+        token: str | None = None
+        with self._translated():
+            while True:
+                page = self._store.get_metric_history(
+                    run_id, key, max_results=_HISTORY_PAGE, page_token=token
+                )
+                points += [(metric.step, metric.timestamp, metric.value) for metric in page]
+                token = page.token
+                if not token:
+                    break
+        return sorted(points, key=lambda point: point[:2])
+
+    # Files
+
+    def upload(self, run_id: str, local: Path, directory: str) -> None:
+        """Store the file `local` as artifact ``directory/local.name``, over what stood there.
+
+        Raises:
+            CheckpointError: `local` cannot be read, or the names cannot be used.
+        """
+        _inside(str(PurePosixPath(directory, local.name)))
+        if not local.is_file():
+            raise CheckpointError(f"there is no file {local} to upload", expected="a file that can be read")
+        try:
+            with self._translated():
+                self._artifacts(run_id).upload(local, directory)
+        except OSError as error:
+            raise CheckpointError(
+                f"{local} cannot be read: {error.strerror}", expected="a file that can be read"
+            ) from error
+
+    def sizes(self, run_id: str, directory: str) -> dict[str, int]:
+        """Names and bytes of the files in an artifact directory; empty if there is none."""
+        return {
+            entry.name: entry.size for entry in self._entries(run_id, directory) if not entry.is_directory
+        }
+
+    def directories(self, run_id: str, directory: str) -> list[str]:
+        """Names of the directories in an artifact directory, sorted."""
+        return sorted(entry.name for entry in self._entries(run_id, directory) if entry.is_directory)
+
+    def download(self, run_id: str, path: str, to: Path) -> Path:
+        """Fetch one artifact. `to` is either whole or untouched.
+
+        Args:
+            path: The artifact, as a tag of the run names it: anybody may have written that.
+            to: The file to write; its folder is created.
+
+        Returns:
+            `to`.
+
+        Raises:
+            CheckpointError: `path` would lead elsewhere, the run has no such file, or `to` cannot be written.
+        """
+        source = _inside(path)
+        size = self.sizes(run_id, str(source.parent)).get(source.name)
+        if size is None:
+            raise CheckpointError(
+                f"run {run_id} has no artifact {path!r}",
+                expected="a file among the run's artifacts",
+                try_next=f"tracked verify {run_id}",
+            )
+        part = to.with_name(f".{to.name}.{uuid.uuid4().hex}.part")
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with self._translated():
+                self._artifacts(run_id).download(path, size, part)
+            arrived = part.stat().st_size
+            if arrived != size:
+                raise ServerUnavailable(
+                    f"{arrived} of {size} bytes of {path!r} arrived", expected="all of them"
+                )
+            part.replace(to)
+        except OSError as error:
+            raise CheckpointError(
+                f"{to} cannot be written: {error.strerror}", expected=f"a folder with room for {size} bytes"
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+        return to
+
+    def delete(self, run_id: str, path: str) -> None:
+        """Delete an artifact, file or directory. One that is missing is fine."""
+        _inside(path)
+        with self._translated():
+            self._artifacts(run_id).delete(path)
+
+    # The place
+
+    def url(self, run: RunView) -> str:
+        """Where a browser shows the run; empty for an SQLite file, which has no address."""
+        return f"{self._http.host}/#/experiments/{run.experiment_id}/runs/{run.run_id}" if self._http else ""
+
+    def close(self) -> None:
+        """Close idle connections to an SQLite file. The object can be used again."""
+        if isinstance(self._opened, SqlAlchemyStore):
+            self._opened.engine.dispose()
+
+    @property
+    def place(self) -> str:
+        return redact(self.uri)
+
+    def _absent(self) -> bool:
+        """Whether this is a reader of a database that nobody has made yet."""
+        path = self._database
+        return not self._create and path is not None and not (path.is_file() and path.stat().st_size)
+
+    @property
+    def _store(self) -> AbstractStore:
+        if self._opened is None:
+            assert self._database
+            if self._absent():
+                raise NoSuchRun(
+                    f"there is no database {self._database}", expected="a database with runs in it"
+                )
+            self._opened = _open_database(self.uri, self._database)
+        return self._opened
+
+    def _experiment_id(self, name: str) -> str:
+        if name not in self._experiments:
+            with self._translated():
+                found = self._store.get_experiment_by_name(name)
+                if found is None:
+                    try:
+                        created = self._store.create_experiment(name, None, None)
+                        self._experiments[name] = str(created)
+                        return self._experiments[name]
+                    except MlflowException as error:
+                        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                            raise
+                    found = self._store.get_experiment_by_name(name)  # another process was quicker
+            if found is None or not found.experiment_id:
+                raise ServerRefused(f"{self.place} has experiment {name!r} and does not show it")
+            if found.lifecycle_stage == LifecycleStage.DELETED:
+                raise UsageError(
+                    f"the experiment {name!r} was deleted on {self.place}",
+                    expected="an experiment that is not in the bin, or a new name",
+                    try_next=f"MLFLOW_TRACKING_URI={self.place} mlflow experiments restore "
+                    f"--experiment-id {found.experiment_id}",
+                )
+            self._experiments[name] = str(found.experiment_id)
+        return self._experiments[name]
+
+    def _experiment_names(self, only: str | None) -> dict[str, str]:
+        """Experiment IDs to names."""
+        names: dict[str, str] = {}
+        token: str | None = None
+        with self._translated():
+            if only is not None:
+                found = self._store.get_experiment_by_name(only)
+                return {str(found.experiment_id): only} if found and found.experiment_id else {}
+            while True:
+                page = self._store.search_experiments(ViewType.ACTIVE_ONLY, _RUNS_A_PAGE, None, None, token)
+                names.update((str(experiment.experiment_id), experiment.name) for experiment in page)
+                token = page.token
+                if not token:
+                    return names
+
+    def _twins(self, handle: str) -> list[RunView]:
+        """Runs of one handle: the one in use first."""
+        quoted = _quoted(handle)
+        if not quoted:
+            raise UsageError(f"the handle {handle!r} is no UUID", expected="a UUID")
+        runs = self.search(filter=f"tags.`{HANDLE}` = {quoted}")
+        # Whatever came of a request that was given up on has nothing in it.
+        return sorted(runs, key=lambda run: (not run.latest, not run.params, run.start_time, run.run_id))
+
+    def _without_twins(self, handle: str, created: RunView) -> RunView:
+        """`created`, unless an earlier request that was given up on has made the run in the meantime."""
+        kept, *others = self._twins(handle) or [created]
+        for other in others:
+            if not other.latest and not other.params:
+                with self._translated():
+                    self._store.delete_run(other.run_id)
+        return kept
+
+    def _view(self, run: Run, experiment: str | None = None) -> RunView:
+        info, data = run.info, run.data
+        if not info.run_id:
+            raise ServerRefused(
+                f"{self.place} answered without naming a run", expected="the answers of an MLflow server"
+            )
+        return RunView(
+            run_id=info.run_id,
+            experiment_id=str(info.experiment_id),
+            name=info.run_name or "",
+            status=info.status,
+            start_time=info.start_time,
+            # A run that is reopened keeps the old end time on the server.
+            end_time=None if info.status == "RUNNING" else info.end_time or None,
+            artifact_uri=info.artifact_uri,
+            experiment_name=experiment,
+            deleted=info.lifecycle_stage == LifecycleStage.DELETED,
+            params=dict(data.params),
+            tags=dict(data.tags),
+            latest={
+                metric.key: Latest(metric.step, metric.timestamp, metric.value)
+                for metric in data.to_proto().metrics
+            },
+        )
+
+    def _artifacts(self, run_id: str) -> _Artifacts:
+        # Asked each time: it also finds out within the short timeout whether the server is there, before a
+        # transfer that has to wait longer begins.
+        uri = self.get_run(run_id).artifact_uri
+        if self._http and uri.startswith(("mlflow-artifacts:", "http:", "https:")):
+            if uri.startswith("mlflow-artifacts:"):
+                uri = MlflowArtifactsRepository.resolve_uri(uri, self._http.host)
+            return _Proxied(self._http, uri)
+        return _Direct(
+            get_artifact_repository(uri, tracking_uri=self._http.host if self._http else self.uri), uri
+        )
+
+    def _entries(self, run_id: str, directory: str) -> list[_Entry]:
+        if directory not in ("", "."):
+            _inside(directory)
+        with self._translated():
+            return self._artifacts(run_id).entries("" if directory == "." else directory)
+
+    @contextmanager
+    def _writing(self, run_id: str) -> Iterator[None]:
+        """A deleted run answers like an invalid record. Its points must be kept: the run can be restored."""
+        try:
+            with self._translated():
+                yield
+        except RecordRejected:
+            if self.get_run(run_id).deleted:
+                raise ServerRefused(
+                    f"run {run_id} was deleted on {self.place}",
+                    expected="a run that is not in the bin",
+                    try_next=f"MLFLOW_TRACKING_URI={self.place} mlflow runs restore --run-id {run_id}",
+                ) from None
+            raise
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """MLflow silent, and its errors made ours.
+
+        Theirs are left out of the traceback, where they would say it again at ten times the length.
+        """
+        with suppress_logs_in_thread():
+            try:
+                yield
+            except MlflowException as error:
+                raise self._ours(error) from None
+            except requests.RequestException as error:
+                raise _no_answer(self.place, _reason(error)) from None
+            except OperationalError as error:
+                raise _no_answer(self.place, str(error.orig)) from None
+            except SQLAlchemyError as error:
+                raise ServerRefused(
+                    f"{self.place} cannot be used: {_first_words(str(error))}",
+                    expected="a database made by MLflow",
+                ) from None
+
+    def _ours(self, error: MlflowException) -> ServerError:
+        said = _first_words(error.message)
+        if self._http:
+            said = self._http.scrub(said)
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return NoSuchRun(
+                f"{self.place}: {said}", expected="something that is on the server", try_next="tracked list"
+            )
+        if error.error_code == "INVALID_PARAMETER_VALUE":
+            return RecordRejected(f"{self.place}: {said}", expected="a record that MLflow can store")
+        if "database schema" in error.message:
+            return ServerRefused(
+                f"{self.place}: {said}",
+                expected="a database of the MLflow version that is installed",
+                try_next=f"mlflow db upgrade {self.place}",
+            )
+        return _no_answer(self.place, said)
+
+
+# HTTP
+
+
+class _Http:
+    """Requests to one server: a single attempt each, its credentials kept out of every text."""
+
+    def __init__(self, uri: str, timeout: float) -> None:
+        parts = urlsplit(uri)
+        self._user, self._password = unquote(parts.username or ""), unquote(parts.password or "")
+        self.host = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        self._timeout = timeout
+
+    def credentials(self, host: str | None = None) -> MlflowHostCreds:
+        creds: MlflowHostCreds = get_default_host_creds(host or self.host)
+        # Not to another host: an artifact's address comes from the server.
+        if self._user and urlsplit(creds.host).netloc == urlsplit(self.host).netloc:
+            creds.username, creds.password = self._user, self._password
+        return creds
+
+    def scrub(self, text: str) -> str:
+        """`text` without what this process authenticates with: a proxy may echo a request's headers."""
+        creds = self.credentials()
+        secrets = [self._password, creds.password, creds.token]
+        if creds.username and creds.password:
+            secrets.append(b64encode(f"{creds.username}:{creds.password}".encode()).decode())
+        for secret in filter(None, secrets):
+            text = text.replace(secret, "***")
+        return redact(text)
+
+    def json(self, method: str, url: str, **request: Any) -> dict[str, Any]:
+        """The JSON object that the server answers with.
+
+        Raises:
+            RestException: MLflow's own answer that a record is invalid, or a thing missing or there already.
+            ServerUnavailable, ServerRefused: any other answer, or none.
+        """
+        with closing(self.request(method, url, **request)) as response:
+            try:
+                answer = response.json()
+            except requests.JSONDecodeError:
+                # MLflow answers an upload with nothing.
+                answer = {} if method == "PUT" and not response.content else None
+            if not isinstance(answer, dict):
+                raise self._refused(response)
+            return answer
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        connect: float | None = None,
+        read: float | None = None,
+        **request: Any,
+    ) -> requests.Response:
+        """An answer with status 200. `connect` and `read` are timeouts in s."""
+        address = urlsplit(url)
+        host = address._replace(path="", query="", fragment="").geturl()
+        try:
+            response: requests.Response = http_request(
+                self.credentials(host),
+                url.removeprefix(host),
+                method,
+                max_retries=0,
+                retry_codes=frozenset(),
+                raise_on_status=False,
+                timeout=(connect or self._timeout, read or self._timeout),
+                **request,
+            )
+        except InvalidUrlException:
+            raise ServerRefused(
+                f"{self.host} is no address",
+                expected="the address of an MLflow server",
+                try_next="--tracking-uri",
+            ) from None
+        except MlflowException as error:
+            cause = error.__cause__ or error.__context__
+            if isinstance(cause, requests.RequestException):
+                raise _no_answer(self.host, self.scrub(_reason(cause))) from None
+            # Not the network: a way to authenticate that is not installed, a setting that cannot be read.
+            raise ServerRefused(
+                f"no request to {self.host} can be made: {self.scrub(_first_words(error.message))}",
+                expected="MLFLOW_TRACKING_… settings that MLflow accepts",
+            ) from None
+        if response.status_code == 200:
+            return response
+        with closing(response):
+            raise self._complaint(response)
+
+    def _complaint(self, response: requests.Response) -> Exception:
+        status = response.status_code
+        try:
+            answer = response.json()
+        except requests.JSONDecodeError:
+            answer = None
+        code = answer.get("error_code") if isinstance(answer, dict) else None
+        # Only by MLflow's own word: a proxy's 400 says nothing of the record, its 404 nothing of the run.
+        if status in (400, 404) and code in (
+            "INVALID_PARAMETER_VALUE",
+            "RESOURCE_DOES_NOT_EXIST",
+            "RESOURCE_ALREADY_EXISTS",
+        ):
+            return RestException(answer)
+        if status in (408, 413, 429) or status >= 500:
+            said = answer.get("message") if isinstance(answer, dict) else response.text
+            return _no_answer(self.host, self.scrub(f"{status} {_first_words(str(said or response.reason))}"))
+        return self._refused(response)
+
+    def _refused(self, response: requests.Response) -> ServerRefused:
+        status = response.status_code
+        said = self.scrub(f"{status} {_first_words(response.text)}".strip())
+        if status in (401, 403):
+            return ServerRefused(
+                f"{self.host} refused access: {said}",
+                expected="credentials that this server accepts",
+                try_next="export MLFLOW_TRACKING_USERNAME=… MLFLOW_TRACKING_PASSWORD=…",
+            )
+        return ServerRefused(
+            f"{self.host} does not answer as an MLflow server does: {said}",
+            expected="the address under which MLflow's UI opens",
+            try_next=f"curl {self.host}/version",
+        )
+
+
+class _OneRequestStore(RestStore):
+    """MLflow's own REST calls, sent by `_Http`."""
+
+    def __init__(self, http: _Http) -> None:
+        super().__init__(http.credentials)  # type: ignore[no-untyped-call]
+        self._http = http
+
+    def _call_endpoint(
+        self,
+        api: Any,
+        json_body: str | None = None,
+        endpoint: str | None = None,
+        retry_timeout_seconds: float | None = None,  # noqa: ARG002 - there are no retries
+        response_proto: Any = None,
+    ) -> Any:
+        path, method = self._METHOD_TO_INFO[api]
+        body = json.loads(json_body) if json_body else None
+        answer = self._http.json(
+            method, f"{self._http.host}{endpoint or path}", **{"params" if method == "GET" else "json": body}
+        )
+        message = response_proto or api.Response()
+        try:
+            parse_dict(answer, message)
+        except ParseError:
+            raise ServerRefused(
+                f"{self._http.host} answered {_first_words(self._http.scrub(str(answer)))}",
+                expected="the answers of an MLflow server",
+            ) from None
+        return message
+
+
+def _no_answer(place: str, reason: str) -> ServerUnavailable:
+    return ServerUnavailable(
+        f"{place} gave no usable answer: {reason}",
+        expected="an MLflow server that answers",
+        try_next=f"curl {place}/health" if place.startswith("http") else "the same again",
+    )
+
+
+def _no_run(run_id: str, place: str) -> NoSuchRun:
+    return NoSuchRun(f"{place} has no run {run_id!r}", expected="the ID of a run", try_next="tracked list")
+
+
+def _reason(error: requests.RequestException) -> str:
+    """The innermost cause in a few words; requests wraps it in three layers of object addresses."""
+    outer = error.args[0] if error.args else error
+    text = str(getattr(outer, "reason", outer))
+    if found := re.search(r"\[Errno -?\d+\] ([\w ,]+)", text):
+        return found[1]
+    if "timed out" in text:
+        return "nothing in time"
+    return f"{type(error).__name__}: {_first_words(text)}"
+
+
+def _first_words(text: str) -> str:
+    plain = " ".join(re.sub(r"<[^>]*>", " ", text).split())
+    return plain if len(plain) <= 160 else f"{plain[:160]}…"
+
+
+# SQLite
+
+# POSIX locks belong to a process: two of its threads would both get one.
+_opening = threading.Lock()
+
+
+def _open_database(uri: str, path: Path) -> SqlAlchemyStore:
+    """MLflow's store on a file, made if need be: by one process, for two at once would crash each other."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _opening, _locked(path.with_name(f"{path.name}.lock")):
+            artifacts = str(path.parent / "artifacts")
+            if not path.exists():
+                _make_database(path, artifacts)
+            return SqlAlchemyStore(uri, artifacts)
+    except OSError as error:
+        raise ServerRefused(
+            f"{path} cannot be opened: {error.strerror}", expected="a folder that can be written"
+        ) from error
+
+
+def _make_database(path: Path, artifacts: str) -> None:
+    """A database with all its tables, under its name only once it is whole: MLflow cannot mend half of one."""
+    newborn = path.with_name(f".{path.name}.new")
+    newborn.unlink(missing_ok=True)
+    SqlAlchemyStore(f"{_SQLITE}{newborn}", artifacts).engine.dispose()
+    newborn.replace(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        lock = path.open("a")
+    except PermissionError:
+        yield  # a reader in a folder that is not its own
+        return
+    with lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+
+# Artifacts
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    is_directory: bool
+    size: int
+
+
+class _Artifacts(Protocol):
+    """The artifacts of one run. Paths are relative, and checked before."""
+
+    def upload(self, local: Path, directory: str) -> None: ...
+    def entries(self, directory: str) -> list[_Entry]: ...
+    def download(self, path: str, size: int, to: Path) -> None: ...
+    def delete(self, path: str) -> None: ...
+
+
+class _Proxied:
+    """Artifacts that go through the MLflow server.
+
+    A file's connection may be silent for long: the server writes all of it before it answers, or fetches it
+    from a store of its own first.
+    """
+
+    _ENDPOINT = "/mlflow-artifacts/artifacts"
+
+    def __init__(self, http: _Http, root: str) -> None:
+        self._http = http
+        self._root = root.rstrip("/")
+
+    def upload(self, local: Path, directory: str) -> None:
+        patience = _patience(local.stat().st_size)
+        with local.open("rb") as file:
+            # requests sends an empty file in chunks, which not every server takes. The connect timeout also
+            # holds for each block that is sent, so it has to bear a busy disk on the other side.
+            self._http.json(
+                "PUT",
+                self._address(str(PurePosixPath(directory, local.name))),
+                data=file if local.stat().st_size else b"",
+                extra_headers={"Content-Type": "application/octet-stream"},
+                connect=patience,
+                read=patience,
+            )
+
+    def entries(self, directory: str) -> list[_Entry]:
+        service, _, root = self._root.partition(self._ENDPOINT)
+        path = f"{unquote(root).strip('/')}/{directory}".strip("/")
+        try:
+            answer = self._http.json("GET", f"{service}{self._ENDPOINT}", params={"path": path}, read=60.0)
+        except RestException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return []
+            raise
+        files = answer.get("files", [])
+        return [
+            _Entry(Path(f["path"]).name, f.get("is_dir", False), int(f.get("file_size", 0))) for f in files
+        ]
+
+    def download(self, path: str, size: int, to: Path) -> None:
+        response = self._http.request("GET", self._address(path), stream=True, read=_patience(size))
+        with closing(response), to.open("xb") as file:
+            for block in response.iter_content(1 << 20):
+                file.write(block)
+
+    def delete(self, path: str) -> None:
+        try:
+            self._http.json("DELETE", self._address(path), read=60.0)
+        except RestException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+
+    def _address(self, path: str) -> str:
+        return f"{self._root}/{quote(path)}"
+
+
+class _Direct:
+    """Artifacts that this process reads and writes itself: a local folder, S3 and the like."""
+
+    def __init__(self, repository: ArtifactRepository, uri: str) -> None:
+        self._repository = repository
+        self._uri = uri
+        self._folder = (
+            Path(repository.artifact_dir) if isinstance(repository, LocalArtifactRepository) else None
+        )
+
+    def upload(self, local: Path, directory: str) -> None:
+        target = self._folder / directory / local.name if self._folder else None
+        known = next(folder for folder in target.parents if folder.exists()) if target else None
+        with self._told():
+            self._repository.log_artifact(str(local), directory or None)
+            if target and known:
+                _make_durable(target, known)
+
+    def entries(self, directory: str) -> list[_Entry]:
+        with self._told():
+            found = self._repository.list_artifacts(directory or None)
+        return [_Entry(PurePosixPath(f.path).name, f.is_dir, f.file_size or 0) for f in found]
+
+    def download(self, path: str, size: int, to: Path) -> None:  # noqa: ARG002
+        with self._told():
+            # The one call that names the file to write.
+            self._repository._download_file(path, str(to))  # noqa: SLF001
+
+    def delete(self, path: str) -> None:
+        with self._told():
+            self._repository.delete_artifacts(path)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except ImportError as error:
+            raise ServerRefused(
+                f"the artifact store {redact(self._uri)} needs the module {error.name!r}",
+                expected="the client of that store",
+                try_next=f"pip install {error.name}",
+            ) from error
+        # Each of MLflow's twenty stores has a client with errors of its own, and what they share is this.
+        except Exception as error:  # noqa: BLE001
+            raise _no_answer(redact(self._uri), redact(_first_words(str(error)))) from None
+
+
+def _patience(size: int) -> float:
+    """Seconds to wait for a file of `size` bytes: a minute, and what a slow disk of 10 MB/s needs."""
+    return 60 + size / 10e6
+
+
+def _make_durable(file: Path, known: Path) -> None:
+    """A checkpoint's pointer is sent once its file is safe, which for MLflow means: in the page cache."""
+    folders = [folder for folder in file.parents if folder == known or known in folder.parents]
+    for path in [file, *folders]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _inside(path: str) -> PurePosixPath:
+    """`path` as a name below a run's artifacts.
+
+    Raises:
+        CheckpointError: it could lead out of them, here or on the server.
+    """
+    if (
+        not path.isprintable()
+        or unquote(path) != path  # MLflow decodes a name as often as it can, and not in every store
+        or "\\" in path
+        or "#" in path
+        or re.match(r"[A-Za-z][\w+.-]*:", path)
+        or any(part in ("", ".", "..") for part in path.split("/"))
+    ):
+        raise CheckpointError(
+            f"the artifact path {path!r} is not used",
+            expected="a relative path of plain names, which cannot lead out of the run's artifacts",
+        )
+    return PurePosixPath(path)
+
+
+def _chunks(entries: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Lists that fit into one request each."""
+    chunk: list[tuple[str, str]] = []
+    room = _BYTES_A_REQUEST
+    for key, value in entries:
+        size = len(json.dumps([key, value])) + len('{"key": , "value": }, ')
+        if chunk and (len(chunk) == _ENTRIES_A_REQUEST or size > room):
+            yield chunk
+            chunk, room = [], _BYTES_A_REQUEST
+        chunk.append((key, value))
+        room -= size
+    if chunk:
+        yield chunk
+
+
+def _quoted(text: str) -> str | None:
+    """`text` as a string of MLflow's search syntax, which knows no escapes; None if it cannot be one."""
+    if "'" not in text:
+        return f"'{text}'"
+    return f'"{text}"' if '"' not in text else None

@@ -1,0 +1,198 @@
+"""What of a training is saved: everything attached that has `state_dict` and `load_state_dict`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from tracked.errors import StateMismatch, UsageError
+
+_SHOWN = 5
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that can be resumed."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
+class Parts:
+    """The attached parts by name, and their state under `<name>_state_dict`."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Stateful] = {}
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def attach(self, name: str, part: Any) -> None:
+        """Add a part.
+
+        Raises:
+            UsageError: It cannot be saved and loaded, or the name is taken.
+        """
+        if not isinstance(part, Stateful):
+            raise UsageError(
+                f"{name}={part!r:.60} cannot be attached",
+                expected="something with state_dict() and load_state_dict()",
+                try_next="run.state[...] for plain values",
+            )
+        if name in self._parts:
+            raise UsageError(f"{name!r} is attached already", expected="a name for each part")
+        self._parts[name] = _uncompiled(part)
+
+    def device(self) -> torch.device:
+        """Where the first attached parameter lies; the CPU if there is none."""
+        for part in self._parts.values():
+            if isinstance(part, nn.Module):
+                for parameter in part.parameters():
+                    return parameter.device
+        return torch.device("cpu")
+
+    def capture(self) -> dict[str, Any]:
+        """The state of all parts, referring to their tensors (nothing is copied)."""
+        state: dict[str, Any] = {
+            f"{name}_state_dict": part.state_dict() for name, part in self._parts.items()
+        }
+        state["optimizer_parameters"] = {
+            name: self._names(part)
+            for name, part in self._parts.items()
+            if isinstance(part, torch.optim.Optimizer)
+        }
+        # `zero_grad(set_to_none=False)` leaves zeros, and an optimizer treats zero unlike None.
+        state["parameters_with_gradient"] = [
+            name for name, parameter in self._parameters().items() if parameter.grad is not None
+        ]
+        return state
+
+    def restore(self, state: Mapping[str, Any], only: tuple[str, ...] | None = None) -> None:
+        """Load what `capture` took into the parts (into those named in `only`).
+
+        Raises:
+            StateMismatch: A part is missing from the state, or its tensors do not fit.
+        """
+        for name, part in self._parts.items():
+            if only is not None and name not in only:
+                continue
+            saved = state.get(f"{name}_state_dict")
+            if saved is None:
+                there = sorted(
+                    key.removesuffix("_state_dict") for key in state if key.endswith("_state_dict")
+                )
+                raise StateMismatch(
+                    f"the checkpoint has no state for {name!r}",
+                    expected=f"one of {', '.join(there) or 'none'}",
+                )
+            if isinstance(part, nn.Module):
+                _load_module(name, part, saved)
+            elif isinstance(part, torch.optim.Optimizer):
+                recorded = state.get("optimizer_parameters", {}).get(name)
+                _load_optimizer(name, part, saved, recorded, self._names(part))
+            else:
+                part.load_state_dict(saved)
+        with_gradient = set(state.get("parameters_with_gradient", ()))
+        for name, parameter in self._parameters().items():
+            if name in with_gradient and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{part_name}.{name}": parameter
+            for part_name, part in self._parts.items()
+            if isinstance(part, nn.Module)
+            for name, parameter in part.named_parameters()
+        }
+
+    def _names(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+        """The parameters of each group by name; by position where no attached module has them."""
+        names = {id(parameter): name for name, parameter in self._parameters().items()}
+        return [
+            [names.get(id(parameter), f"[{g}][{p}]") for p, parameter in enumerate(group["params"])]
+            for g, group in enumerate(optimizer.param_groups)
+        ]
+
+
+def _uncompiled(part: Any) -> Any:
+    """The module under `torch.compile`, whose state names have no `_orig_mod.`."""
+    return getattr(part, "_orig_mod", part)
+
+
+def _load_module(name: str, module: nn.Module, saved: Mapping[str, Any]) -> None:
+    present = module.state_dict()
+    wrong = [f"{key} is not in the checkpoint" for key in present if key not in saved]
+    wrong += [f"{key} is not in the model" for key in saved if key not in present]
+    wrong += [
+        f"{key} is {tuple(saved[key].shape)} in the checkpoint and {tuple(present[key].shape)} in the model"
+        for key in present
+        if isinstance(present[key], torch.Tensor)
+        and isinstance(saved.get(key), torch.Tensor)
+        and present[key].shape != saved[key].shape
+    ]
+    if wrong:
+        raise _misfit(name, wrong)
+    module.load_state_dict(saved)
+
+
+def _load_optimizer(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    recorded: list[list[str]] | None,
+    present: list[list[str]],
+) -> None:
+    """Load by parameter name: the order in which a module gives its parameters may have changed."""
+    if recorded is not None and recorded != present:
+        if [sorted(group) for group in recorded] != [sorted(group) for group in present]:
+            flat_recorded = {each for group in recorded for each in group}
+            flat_present = {each for group in present for each in group}
+            wrong = [f"{each} was optimized, and is not now" for each in sorted(flat_recorded - flat_present)]
+            wrong += [f"{each} is optimized, and was not" for each in sorted(flat_present - flat_recorded)]
+            raise _misfit(name, wrong or ["its parameters lie in other groups"])
+        saved = _reordered(saved, recorded, present)
+    if len(saved["param_groups"]) != len(optimizer.param_groups):
+        raise _misfit(
+            name, [f"{len(saved['param_groups'])} groups recorded, {len(optimizer.param_groups)} now"]
+        )
+    optimizer.load_state_dict(dict(saved))
+    # torch casts a state to its parameter's dtype; a state kept in another one would lose bits.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    for index, parameter in zip(indices, parameters, strict=True):
+        for key, value in saved["state"].get(index, {}).items():
+            loaded = optimizer.state[parameter].get(key)
+            if (
+                isinstance(value, torch.Tensor)
+                and isinstance(loaded, torch.Tensor)
+                and loaded.dtype != value.dtype
+            ):
+                optimizer.state[parameter][key] = value.to(loaded.device)
+
+
+def _reordered(
+    saved: Mapping[str, Any], recorded: list[list[str]], present: list[list[str]]
+) -> dict[str, Any]:
+    index_of = {
+        each: index
+        for group, indices in zip(recorded, (group["params"] for group in saved["param_groups"]), strict=True)
+        for each, index in zip(group, indices, strict=True)
+    }
+    groups = [
+        {**group, "params": [index_of[each] for each in names]}
+        for group, names in zip(saved["param_groups"], present, strict=True)
+    ]
+    return {**saved, "param_groups": groups}
+
+
+def _misfit(name: str, wrong: list[str]) -> StateMismatch:
+    more = f" … and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+    return StateMismatch(
+        f"the checkpoint does not fit {name}: {'; '.join(wrong[:_SHOWN])}{more}",
+        expected="the model and optimizer that the run was trained with",
+        try_next="the params that the run records (`python -m tracked.run show RUN`), or a new run with `train`",
+    )

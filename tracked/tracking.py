@@ -1,0 +1,760 @@
+"""`Run`: what a training loop holds to log, to draw its batches, and to be saved between two steps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch.utils.data import Dataset
+
+from tracked import sender, spool
+from tracked.checkpoint import FILE, Writer, check_loadable, folder_name, step_of
+from tracked.data import Batches
+from tracked.errors import LossNotFinite, RunTaken, SpoolError, UsageError
+from tracked.journal import Journal
+from tracked.names import COMMAND, DIVERGED_AT, EXACT, POINTS, SETTINGS, STATE, STOP_REASON
+from tracked.params import as_text
+from tracked.points import PointLog, Replay
+from tracked.provenance import boot_id, host_name
+from tracked.schedule import Due, Interval, Settings
+from tracked.seeding import (
+    derive,
+    determinism,
+    differences,
+    environment,
+    generator_states,
+    make_deterministic,
+    restore_determinism,
+    restore_generators,
+    seed_generators,
+)
+from tracked.spool import Lock, Outbox, RunFolder
+from tracked.state import Parts
+from tracked.stopping import Stopping
+
+log = logging.getLogger("tracked")
+
+FLUSH_SECONDS = 0.2
+_POINTS_IN_A_RECORD = 500
+_STATUS = {
+    "finished": "FINISHED",
+    "stopped_early": "FINISHED",
+    "stopped": "KILLED",
+    "paused": "KILLED",
+    "failed": "FAILED",
+}
+PAUSED_EXIT = 75
+
+
+class Paused(SystemExit):
+    """The training left between two steps, and can be resumed; a script that lets it pass exits with 75."""
+
+    def __init__(self, state: str, reason: str) -> None:
+        super().__init__(PAUSED_EXIT if state == "paused" else 0)
+        self.state = state
+        self.reason = reason
+
+
+class Progress:
+    """Where a training shows how far it is. This one shows nothing."""
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        log.info("%s", text)
+
+    def warn(self, text: str) -> None:
+        """Show a line that the user should not miss."""
+        log.warning("%s", text)
+
+    def identify(self, run_id: str, url: str) -> None:
+        """The server has given the run its ID."""
+        self.say(f"run {run_id}  {url}".rstrip())
+
+    def update(self, run: Run) -> None:
+        """Called every 0.2 s, beside the training."""
+
+    def close(self) -> None:
+        """The training is over."""
+
+
+@dataclass
+class Attempt:
+    """One process's turn at a run: its place on this machine, and what it starts from."""
+
+    outbox: Outbox
+    tracking_uri: str
+    folder: RunFolder
+    lock: Lock
+    number: int
+    nonce: str
+    start: dict[str, Any]
+    params: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
+    restored: dict[str, Any] | None = None
+    replay: Replay = field(default_factory=dict)
+    delivers: bool = True
+
+    def ensure_sender(self) -> None:
+        if self.delivers:
+            sender.ensure(self.outbox, self.tracking_uri)
+
+
+class Run:
+    """One run, as its training sees it.
+
+    Nothing here calls MLflow or waits for a network, `finish` apart.
+
+    Args:
+        attempt: Where it is written, and what it continues.
+        settings: How long it goes on, and what it does on the way.
+        progress: Shows how far it is.
+        drain_timeout: Seconds that `finish` waits for the last points to be delivered.
+    """
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        settings: Settings,
+        *,
+        progress: Progress | None = None,
+        drain_timeout: float = 60.0,
+    ) -> None:
+        self.handle = attempt.folder.handle
+        self.settings = settings
+        self.attempt = attempt.number
+        self.state: dict[str, Any] = {}
+        self.step = 0
+        self.epochs_done = 0
+        self.step_ended = True
+        self.total_steps: int | None = None
+        self.stopping = Stopping(settings.mode or "min", settings.patience, settings.min_delta)
+        self.progress = progress or Progress()
+        self.last_state = "running"
+        self.undelivered = 0
+        self.metrics: dict[str, float] = {}
+        self._attempt = attempt
+        self._drain_timeout = drain_timeout
+        self._batch = 0
+        self._epoch_ends = False
+        self._parts = Parts()
+        self._points = PointLog(attempt.replay)
+        self._kept: list[dict[str, Any]] = []
+        self._checkpointed_step = -1
+        self._wants_checkpoint = False
+        self._improved = False
+        self._leave: tuple[str, str] | None = None
+        self._ends_after_step = ""
+        self._looping = False
+        self._due = Due([Interval.parse(text) for text in settings.checkpoint_every], time.monotonic())
+        self._files = 0
+        self._restored = attempt.restored
+        if self._restored is not None:
+            self._continue(self._restored)
+        self._journal = Journal(
+            attempt.folder.path / f"attempt-{attempt.number:04d}-{attempt.nonce[:8]}", {"run": self.handle}
+        )
+        self._journal.append("start", attempt.start)
+        self._written: list[dict[str, Any]] = []
+        self._appended = 0
+        self._told: set[str] = set()
+        self._pump_lock = threading.Lock()
+        self._writer = Writer(self._written.append, self._checkpoint_failed)
+        self._closing = threading.Event()
+        self._flusher = threading.Thread(target=self._flush_regularly, name="tracked-journal", daemon=True)
+        self._pump()
+        self._flusher.start()
+
+    # -- what it is
+
+    @property
+    def id(self) -> str:
+        """The run's ID in MLflow; the local handle until the server has given one."""
+        return str(self._about().get("run_id") or self._attempt.start["run_id"] or self.handle)
+
+    @property
+    def url(self) -> str:
+        """Where a browser shows the run; empty until that is known, and for an SQLite file."""
+        return str(self._about().get("url", ""))
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the current step belongs to, counted from 1."""
+        return self.epochs_done + 1
+
+    @property
+    def epoch_ended(self) -> bool:
+        """Whether the current step is the last one of its epoch."""
+        return self._epoch_ends and self.step_ended
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the loop will be left behind this step: paused, stopped, preempted, or out of patience."""
+        return self._leave is not None or bool(self._ends_after_step)
+
+    @property
+    def replayed_equal(self) -> int:
+        """Recomputed points that an earlier attempt had delivered with the very same value."""
+        return self._points.replayed_equal
+
+    @property
+    def resumed_from(self) -> int | None:
+        """The step of the checkpoint that this attempt started from."""
+        return None if self._attempt.restored is None else int(self._attempt.restored["step"])
+
+    @property
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is written: step, epoch, path, sha256, bytes."""
+        return self._kept[-1] if self._kept else None
+
+    # -- what a loop calls
+
+    def configure(self, settings: Settings, **facts: Any) -> None:
+        """Take the settings with what the code itself says filled in, and record them as `loop.…`.
+
+        Args:
+            settings: Before the first batch.
+            facts: More to record beside them, such as `batch_size`.
+        """
+        self.settings = settings
+        self.stopping.mode = settings.mode or "min"
+        self.stopping.patience, self.stopping.min_delta = settings.patience, settings.min_delta
+        loop = {f"loop.{name}": str(value) for name, value in {**asdict(settings), **facts}.items()}
+        with self._pump_lock:
+            if self.attempt == 1:
+                self._journal.append("params", {**as_text(self._attempt.params), **loop})
+            self._journal.append("tags", {SETTINGS: json.dumps(asdict(settings))})
+
+    def changed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Those of `values` that differ from what was last logged under their key."""
+        return {key: value for key, value in values.items() if self._points.last(key) != value}
+
+    def attach(self, **parts: Any) -> None:
+        """Name what is saved and resumed: anything with `state_dict` and `load_state_dict`.
+
+        In a resumed run the parts get their state back here. Attach a model before, or together with, the
+        optimizer of its parameters.
+
+        Raises:
+            UsageError: A part cannot be saved, or comes after the first batch.
+            StateMismatch: The checkpoint does not fit.
+        """
+        if self._looping:
+            raise UsageError(
+                "attach was called inside the loop", expected="every part before the first batch"
+            )
+        for name, part in parts.items():
+            self._parts.attach(name, part)
+        if self._restored is not None:
+            self._parts.restore(self._restored, tuple(parts))
+
+    def batches(
+        self,
+        data: Dataset[Any],
+        *,
+        batch_size: int,
+        epochs: int | None = None,
+        max_steps: int | None = None,
+        accumulate: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        **loader: Any,
+    ) -> Iterator[Any]:
+        """The batches of the training, from where it stands to its end, each step seeded.
+
+        A checkpoint is taken between two of them. With `accumulate`, a step has that many batches, and
+        `step_ended` tells the last one.
+
+        Args:
+            data: A map-style data set.
+            batch_size: Samples in a batch.
+            epochs: How often the data is gone through; `--epochs` goes first.
+            max_steps: How many steps at most; `--max-steps` goes first.
+            accumulate: Batches in a step.
+            shuffle: A new order for each epoch.
+            drop_last: Leave out a smaller last batch.
+            loader: Further arguments of `DataLoader`, such as `num_workers`.
+
+        Raises:
+            UsageError: It is not said how long to go on, or the arguments do not go together.
+        """
+        windows = self.windows(
+            data,
+            batch_size=batch_size,
+            epochs=epochs,
+            max_steps=max_steps,
+            accumulate=accumulate,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            loader=loader,
+        )
+        for window in windows:
+            for number, batch in enumerate(window, start=1):
+                self.step_ended = number == len(window)
+                yield batch
+
+    def windows(
+        self,
+        data: Dataset[Any],
+        *,
+        batch_size: int,
+        epochs: int | None = None,
+        max_steps: int | None = None,
+        accumulate: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        loader: Mapping[str, Any] | None = None,
+    ) -> Iterator[list[Any]]:
+        """Like `batches`, with the batches of each step in a list (shorter at the end of an epoch)."""
+        if accumulate < 1:
+            raise UsageError(f"accumulate is {accumulate}", expected="1 or more")
+        epochs, max_steps = self._length(epochs, max_steps)
+        batches = Batches(
+            data,
+            batch_size=batch_size,
+            seed=self.settings.seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            loader=loader,
+        )
+        steps_in_epoch = -(-len(batches) // accumulate)
+        lengths = [epochs * steps_in_epoch if epochs else None, max_steps]
+        self.total_steps = min(length for length in lengths if length is not None)
+        self._begin({"samples": batches.samples, "batch_size": batch_size, "accumulate": accumulate})
+        while self.step < self.total_steps and not self._ends_after_step:
+            source = batches.epoch(self.epochs_done, self._batch)
+            while window := list(islice(source, accumulate)):
+                self._batch += len(window)
+                self._begin_step(epoch_ends=self._batch >= len(batches))
+                yield window
+                self._end_step()
+                if self.step >= self.total_steps or self._ends_after_step:
+                    return
+
+    def steps(self, count: int | None = None) -> Iterator[int]:
+        """The numbers of the steps still to do, for a loop that draws its own data by each step's seed.
+
+        Args:
+            count: How many steps in all; `--max-steps` goes first.
+        """
+        _, self.total_steps = self._length(None, count)
+        if self.total_steps is None:
+            raise UsageError("steps() does not know how many", expected="steps(n), or --max-steps N")
+        self._begin({})
+        while self.step < self.total_steps and not self._ends_after_step:
+            self._begin_step(epoch_ends=False)
+            yield self.step
+            self._end_step()
+
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Log numbers or one-element tensors at `step` (by default the one being made). Never waits.
+
+        Raises:
+            MetricError: See `PointLog.log`.
+        """
+        step = self.step if step is None else step
+        self._points.log(step, values)
+        monitor = self.settings.monitor
+        if monitor is not None and monitor in values:
+            self.judge(float(values[monitor]))
+
+    def judge(self, value: float) -> None:
+        """Take the monitored value of an evaluation: a new best is saved, and patience may end the loop.
+
+        Raises:
+            LossNotFinite: It is not a number.
+        """
+        verdict = self.stopping.judge(self.step, value)
+        if verdict == "nan":
+            raise LossNotFinite(
+                f"the monitored metric {self.settings.monitor!r} is NaN at step {self.step}",
+                expected="a number",
+                try_next=f"python -m tracked.run fork {self.id} with a smaller learning rate",
+            )
+        if verdict == "patience":
+            self._ends_after_step = (
+                f"no improvement of {self.settings.monitor} in {self.stopping.waited} evaluations"
+            )
+        self._improved = self.settings.keep_best > 0 and self.stopping.best_step == self.step
+
+    def log_artifact(self, path: str | Path, directory: str = "") -> None:
+        """Have a copy of the file uploaded, as `directory/name` among the run's artifacts.
+
+        Raises:
+            SpoolError: The copy cannot be made.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UsageError(f"there is no file {path}", expected="a file to log")
+        self._add_file(path.name, directory, lambda to: shutil.copyfile(path, to))
+
+    def log_figure(self, figure: Any, name: str) -> None:
+        """Have a matplotlib figure uploaded; `name` is a path such as `plots/curves.png`."""
+        where = Path(name)
+        directory = "" if str(where.parent) == "." else where.parent.as_posix()
+        self._add_file(where.name, directory, lambda to: figure.savefig(to, bbox_inches="tight"))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        with self._pump_lock:
+            self._journal.append("tags", dict(tags))
+
+    def save(self) -> None:
+        """Have a checkpoint taken when this step ends."""
+        self._wants_checkpoint = True
+
+    def request_leave(self, state: str, reason: str) -> None:
+        """Ask the loop to checkpoint and leave when this step ends. May be called from a signal handler.
+
+        Args:
+            state: "paused" (comes back with `resume`) or "stopped".
+            reason: Why; shown to the user and kept as a tag.
+        """
+        self._leave = self._leave or (state, reason)
+
+    # -- the end
+
+    def finish(self, state: str = "finished", reason: str = "") -> int:
+        """Write what is left, and wait until it is delivered or `drain_timeout` is over.
+
+        Args:
+            state: finished, stopped_early, stopped, paused or failed.
+            reason: Why it ended, for people.
+
+        Returns:
+            Points that are not delivered yet; they stay in the spool.
+        """
+        if self._closing.is_set():
+            return self.undelivered
+        if state == "finished" and self._ends_after_step:
+            state, reason = "stopped_early", self._ends_after_step
+        self._writer.close()
+        self._closing.set()
+        self._flusher.join()
+        self.last_state = state
+        self.metrics = self._points.latest()
+        superseded = bool(self._about().get("superseded"))
+        with self._pump_lock:
+            if not superseded:
+                self._append_new()
+                self._journal.append("end", self._ending(state, reason))
+            try:
+                self._journal.close()
+            except SpoolError as error:
+                self.progress.warn(str(error))
+        self._attempt.lock.release()
+        self.undelivered = 0 if superseded else self._drain()
+        self.progress.close()
+        return self.undelivered
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.finish()
+        elif isinstance(error, Paused):
+            self.finish(error.state, error.reason)
+        elif isinstance(error, KeyboardInterrupt):
+            self.finish("stopped", "interrupted")
+        elif isinstance(error, SystemExit) and error.code in (0, None):
+            self.finish()
+        else:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> int:
+        """Finish as failed, with the traceback as an artifact."""
+        text = "".join(traceback.format_exception(error))
+        try:
+            self._add_file("traceback.txt", "", lambda to: to.write_text(text))
+        except SpoolError as spool_error:
+            self.progress.warn(str(spool_error))
+        return self.finish("failed", f"{type(error).__name__}: {error}"[:500])
+
+    # -- between two steps
+
+    def _length(self, epochs: int | None, max_steps: int | None) -> tuple[int | None, int | None]:
+        """How long to go on: the settings (the command line) go before what the code says."""
+        if self.settings.epochs is not None or self.settings.max_steps is not None:
+            epochs, max_steps = self.settings.epochs, self.settings.max_steps
+        if epochs is None and max_steps is None:
+            raise UsageError(
+                "it is not said how long to train", expected="epochs or steps", try_next="--epochs 10"
+            )
+        return epochs, max_steps
+
+    def _begin(self, data: dict[str, int]) -> None:
+        if self._looping:
+            raise UsageError("this run has had its loop", expected="one batches() or steps() loop in a run")
+        self._looping = True
+        self._data = data
+        if self.settings.deterministic:
+            make_deterministic()
+        if self._restored is None:
+            check_loadable(self._compose())
+            self._take_checkpoint(wait=True)
+        else:
+            self._check_data(self._restored, data)
+            self._compare_environment(self._restored)
+            restore_determinism(self._restored["determinism"])
+            restore_generators(self._restored["generators"])
+            self._restored = None  # as large as the model and the optimizer
+            if self._attempt.restored is not None:
+                self._attempt.restored = {"step": self.step}
+
+    def _begin_step(self, *, epoch_ends: bool) -> None:
+        self.step += 1
+        self._epoch_ends = epoch_ends
+        self._improved = False
+        seed_generators(derive(self.settings.seed, "step", self.step))
+
+    def _end_step(self) -> None:
+        self.step_ended = True
+        epoch_ended = self._epoch_ends
+        if epoch_ended:
+            self.epochs_done, self._batch = self.epochs_done + 1, 0
+            self._epoch_ends = False
+        ends = self.step == self.total_steps or bool(self._ends_after_step) or self._leave is not None
+        now = time.monotonic()
+        due = self._due.is_due(step=self.step, epoch=self.epochs_done, epoch_ended=epoch_ended, now=now)
+        if due or ends or self._improved or self._wants_checkpoint:
+            self._due.last_time = now
+            self._take_checkpoint(pinned=self._improved, wait=ends)
+        if self._leave is not None:
+            self._check_taken()
+            raise Paused(*self._leave)
+
+    def _take_checkpoint(self, *, pinned: bool = False, wait: bool = False) -> None:
+        """Copy the state; everything else happens beside the training."""
+        manifest = {
+            "step": self.step,
+            "epoch": self.epochs_done,
+            "handle": self.handle,
+            "attempt": self.attempt,
+            "value": self.stopping.best if self.stopping.best_step == self.step else None,
+            "metrics": self._points.latest(),
+            "points": self._points.state_dict()["counts"],
+            "environment": self._environment(),
+        }
+        folder = self._attempt.folder.checkpoints / folder_name(self.step)
+        taken = self._writer.take(self._compose(), folder, manifest, pinned=pinned, wait=wait)
+        self._wants_checkpoint = not taken
+
+    def _compose(self) -> dict[str, Any]:
+        points = self._points.state_dict()
+        return {
+            "format": 1,
+            "step": self.step,
+            "epoch": self.epochs_done,
+            "batch": self._batch,
+            "loss": points["last"].get("train/loss", (0, None))[1],
+            **self._parts.capture(),
+            "generators": generator_states(),
+            "determinism": determinism(),
+            "environment": self._environment(),
+            "points": points,
+            "state": self.state,
+            "stopping": self.stopping.state_dict(),
+            "checkpoints": [{key: each[key] for key in ("step", "value")} for each in self._kept],
+            "data": self._data,
+            "params": self._attempt.params,
+            "settings": asdict(self.settings),
+            "about": self._attempt.about,
+        }
+
+    def _environment(self) -> dict[str, str]:
+        return environment(self._parts.device())
+
+    def _continue(self, state: dict[str, Any]) -> None:
+        self.step, self.epochs_done, self._batch = state["step"], state["epoch"], state["batch"]
+        self.state = dict(state["state"])
+        self.stopping.load_state_dict(state["stopping"])
+        self._points.load_state_dict(state["points"])
+        value = self.stopping.best if self.stopping.best_step == self.step else None
+        self._kept = [*state["checkpoints"], {"step": self.step, "value": value}]
+
+    def _check_data(self, state: dict[str, Any], data: dict[str, int]) -> None:
+        """Mid-epoch, the place in the data is a number of batches of a certain size."""
+        changed = differences(state["data"], data)
+        if self._batch and changed:
+            raise UsageError(
+                f"the checkpoint lies inside an epoch, and the data has changed: {'; '.join(changed)}",
+                expected="the same data set, batch size and accumulation until the epoch is over",
+                try_next="the recorded values, or a new run with `train`",
+            )
+
+    def _compare_environment(self, state: dict[str, Any]) -> None:
+        changed = differences(state["environment"], self._environment())
+        if changed:
+            self.progress.warn(
+                f"this machine differs from the one that wrote the checkpoint ({'; '.join(changed)}): "
+                "the order of the samples is the same, the bits of the results may not be"
+            )
+            self.set_tags({EXACT: "false"})
+
+    def _check_taken(self) -> None:
+        if self._leave is not None and self._leave[0] == "superseded":
+            raise RunTaken(
+                f"run {self.id} has been taken over by another process",
+                expected="one process for a run",
+                try_next=f"python -m tracked.run show {self.id}",
+            )
+
+    # -- beside the training: the journal
+
+    def _about(self) -> dict[str, Any]:
+        """What the sender says of this attempt; nothing while it speaks of an earlier one."""
+        about = self._attempt.folder.about
+        return about if about.get("attempt") == self.attempt else {}
+
+    def _flush_regularly(self) -> None:
+        looked_after = time.monotonic()
+        while not self._closing.wait(FLUSH_SECONDS):
+            self._pump()
+            if time.monotonic() - looked_after > 1.0:
+                self._attempt.ensure_sender()
+                looked_after = time.monotonic()
+            self._listen()
+            self.progress.update(self)
+
+    def _pump(self) -> None:
+        """Move what was logged and written into the journal."""
+        with self._pump_lock:
+            checkpointed = self._append_new()
+            try:
+                self._journal.flush(sync=checkpointed)
+            except SpoolError as error:
+                self._tell_once("spool", f"{error}\n  points are kept in memory meanwhile")
+
+    def _append_new(self) -> bool:
+        # The writer's thread may append meanwhile: only what is there now is taken.
+        manifests = self._written[:]
+        del self._written[: len(manifests)]
+        # After the manifests: every point up to a written checkpoint's step stands before its record.
+        points = self._points.drain()
+        for start in range(0, len(points), _POINTS_IN_A_RECORD):
+            self._journal.append("points", points[start : start + _POINTS_IN_A_RECORD])
+        self._appended += len(points)
+        for manifest in manifests:
+            self._keep(manifest)
+        if (diverged := self._points.diverged) and "diverged" not in self._told:
+            self._journal.append("tags", {DIVERGED_AT: str(diverged.step)})
+            self._tell_once(
+                "diverged",
+                f"{diverged.key} at step {diverged.step} was {diverged.delivered!r}, recomputed it is "
+                f"{diverged.recomputed!r}; the delivered value stays. Likely causes: another machine or torch build, "
+                "a device without deterministic kernels (--deterministic), or changed code",
+            )
+        return bool(manifests)
+
+    def _keep(self, manifest: dict[str, Any]) -> None:
+        """Journal a checkpoint that is whole on the disk, and delete those it supersedes from the spool."""
+        step = manifest["step"]
+        self._kept = [each for each in self._kept if each["step"] != step]
+        entry = {
+            **{key: manifest[key] for key in ("step", "epoch", "value", "sha256", "bytes")},
+            "path": f"checkpoints/{folder_name(step)}/{FILE}",
+        }
+        self._kept.append(entry)
+        keep = {each["step"] for each in self._kept[-self.settings.keep_last :]}
+        rated = sorted(
+            (each for each in self._kept if each.get("value") is not None),
+            key=lambda each: each["value"] if self.stopping.mode == "min" else -each["value"],
+        )
+        keep |= {each["step"] for each in rated[: self.settings.keep_best]}
+        self._kept = [each for each in self._kept if each["step"] in keep]
+        self._journal.append("checkpoint", {**entry, "keep": sorted(keep)})
+        keep.add(int(self._about().get("committed", step)))
+        for folder in self._attempt.folder.checkpoints.iterdir():
+            found = step_of(folder.name)
+            if found is not None and found not in keep and found <= step:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _checkpoint_failed(self, reason: str) -> None:
+        self._tell_once(
+            f"checkpoint {reason}",
+            f"a checkpoint could not be written: {reason}\n  the training goes on, and the last whole one stays",
+        )
+
+    def _add_file(self, name: str, directory: str, write: Callable[[Path], Any]) -> None:
+        self._files += 1
+        relative = f"files/{self._files:06d}/{name}"
+        path = self._journal.folder / relative
+        try:
+            path.parent.mkdir(parents=True)
+            write(path)
+        except OSError as error:
+            raise spool.unusable(path, error) from error
+        with self._pump_lock:
+            self._journal.append("artifact", {"file": relative, "directory": directory})
+
+    def _listen(self) -> None:
+        """Take note of what the sender says."""
+        about = self._about()
+        if about.get("run_id") and "id" not in self._told:
+            self._told.add("id")
+            self.progress.identify(about["run_id"], about.get("url", ""))
+        if about.get("superseded"):
+            self._leave = ("superseded", "another process has taken the run over")
+        elif (command := about.get("command")) in ("pause", "stop"):
+            self.request_leave("paused" if command == "pause" else "stopped", f"asked to {command}")
+        if about.get("rejected"):
+            self._tell_once("rejected", f"the server found a record invalid: {about.get('rejected_reason')}")
+
+    def _tell_once(self, what: str, text: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            self.progress.warn(text)
+
+    def _ending(self, state: str, reason: str) -> dict[str, Any]:
+        tags = {
+            STATE: state,
+            STOP_REASON: reason,
+            COMMAND: "",
+            POINTS: str(sum(self._points.state_dict()["counts"].values())),
+        }
+        return {"status": _STATUS[state], "end_time": int(time.time() * 1000), "tags": tags}
+
+    def latest(self) -> dict[str, float]:
+        """The last value of each metric."""
+        return self._points.latest()
+
+    def pending(self) -> int:
+        """Points that were logged and are not on the server yet."""
+        return max(0, self._appended - int(self._about().get("points", 0)))
+
+    def trouble(self) -> str:
+        """Why nothing is being delivered at the moment; empty if it is."""
+        return str(self._about().get("trouble", ""))
+
+    def _drain(self) -> int:
+        deadline = time.monotonic() + self._drain_timeout
+        folder = self._journal.folder
+        while self._attempt.delivers and folder.exists():
+            self._attempt.ensure_sender()
+            if time.monotonic() > deadline:
+                return max(1, self.pending())
+            self.progress.update(self)
+            time.sleep(0.05)
+        self._listen()
+        return 0
+
+
+def host_and_process() -> str:
+    """Who holds a run, for people: host, process, boot."""
+    return f"{host_name()} (process {os.getpid()}, boot {boot_id()[:8]})"

@@ -1,0 +1,495 @@
+"""One training, fresh or resumed: from a request to a run that is over."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tracked import experiment as experiments
+from tracked import loop, params, provenance
+from tracked.attempts import begin, pointed, take_over
+from tracked.checkpoint import FILE, folder_name, load
+from tracked.errors import CheckpointError, UsageError
+from tracked.experiment import Experiment, Task
+from tracked.names import EXPERIMENT_FILE, OVERRIDE, SETTINGS, STATE
+from tracked.place import Place
+from tracked.schedule import Settings
+from tracked.seeding import derive, seed_generators
+from tracked.spool import Lock, Outbox, RunFolder
+from tracked.tracking import Attempt, Paused, Progress, Run
+
+if TYPE_CHECKING:
+    from tracked.server import RunView
+
+_UNSEEN_BY_VALUES = frozenset(
+    {"epochs", "max_steps", "checkpoint_every", "keep_last", "keep_best", "patience", "min_delta", "device"}
+)
+_CHECK_STEPS = 3
+
+
+class NothingLeft(Exception):
+    """A resume that has nothing to do."""
+
+    def __init__(self, view: RunView, reason: str) -> None:
+        super().__init__(reason)
+        self.view = view
+
+
+@dataclass
+class Request:
+    """What a user asked for, apart from the experiment's own params."""
+
+    place: Place
+    settings: dict[str, Any] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    experiment_name: str | None = None
+    run_name: str | None = None
+    config: Path | None = None
+    file: Path | None = None
+    progress: Progress = field(default_factory=Progress)
+    drain_timeout: float = 60.0
+
+
+# -- experiment files
+
+
+def train(path: Path, request: Request) -> Run:
+    """Train an experiment file as a new run, to its end.
+
+    Raises:
+        TrackedError: As its text says; what the user's own code raises comes through as it is.
+    """
+    experiment = experiments.load(path)
+    values = experiment.make_params(request.overrides, request.config)
+    about = experiments.describe(experiment)
+    attempt = begin(
+        request.place,
+        experiment=request.experiment_name or experiment.path.stem,
+        name=request.run_name,
+        tags={**provenance.mlflow_tags(provenance.collect()), EXPERIMENT_FILE: json.dumps(about)},
+        params=params.flatten(values),
+    )
+    attempt.about = about
+    run = Run(
+        attempt, Settings(**request.settings), progress=request.progress, drain_timeout=request.drain_timeout
+    )
+    request.progress.say(f"run {run.id} (local handle)" if run.id == run.handle else f"run {run.id}")
+    with _until_over(run):
+        run.log_artifact(experiment.path, "source")
+        _carry_out(experiment, values, run)
+    return run
+
+
+def resume(word: str, request: Request) -> Run:
+    """Go on with a run from its last checkpoint, to its end.
+
+    Raises:
+        NothingLeft: It is complete.
+        TrackedError: As its text says; what the user's own code raises comes through as it is.
+    """
+    found: list[tuple[Experiment, list[str]]] = []
+
+    def prepare(view: RunView) -> None:
+        """What can fail without the run is tried before it is claimed."""
+        _check_work_left(view, request.settings)
+        recorded = json.loads(view.tags.get(EXPERIMENT_FILE, "{}"))
+        path, warnings = experiments.locate(recorded, file=request.file, cwd=Path.cwd(), run_id=view.run_id)
+        experiment = experiments.load(path)
+        params.parse(experiment.params_class, request.overrides)
+        found.append((experiment, warnings))
+
+    attempt, _ = take_over(request.place, word, request.progress.say, before_claim=prepare)
+    try:
+        experiment, warnings = found[0]
+        old = params.build(experiment.params_class, attempt.params)
+        new = params.replace(old, params.parse(experiment.params_class, request.overrides))
+        settings, changed = _changed_settings(attempt, request.settings)
+        differing = params.differences(params.flatten(old), params.flatten(new))
+        changes = {**{name: list(pair) for name, pair in differing.items()}, **changed}
+        _refuse_beyond(attempt, sorted(changes), word)
+    except BaseException:
+        attempt.lock.release()
+        raise
+    attempt.params = params.flatten(new)
+    run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
+    for warning in warnings:
+        run.progress.warn(warning)
+    run.progress.say(f"run {run.id} goes on from step {run.step} (epoch {run.epoch})  {run.url}".rstrip())
+    if changes:
+        run.set_tags({OVERRIDE: json.dumps({"step": run.step, "changes": changes}, default=str)})
+    with _until_over(run):
+        _carry_out(experiment, new, run, old=old if differing else None)
+    return run
+
+
+def _carry_out(experiment: Experiment, values: Any, run: Run, *, old: Any = None) -> None:
+    """Build and train; with `old` params, what differs is applied on top of the loaded state."""
+    if run.settings.deterministic:
+        # cuBLAS reads it when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    seed = derive(run.settings.seed, "build")
+    seed_generators(seed)
+    if experiment.main is not None:
+        run.configure(run.settings)
+        experiment.main(run, values)
+        return
+    task = experiment.task(values)
+    apply: Callable[[], None] = lambda: None  # noqa: E731
+    if old is not None:
+        seed_generators(seed)
+        apply = _difference(experiment.task(old), task)
+    loop.fit(task, run, attached=apply)
+
+
+def _difference(old: Task, new: Task) -> Callable[[], None]:
+    """What two builds set differently in parameter groups and scheduler, to be applied after loading.
+
+    Loading puts the recorded values back, so the new ones have to come after it. Under a scheduler
+    a learning rate is changed by the ratio of the two, which keeps where the schedule stands.
+    """
+    old_groups = [{k: v for k, v in group.items() if k != "params"} for group in old.optimizer.param_groups]
+    new_groups = [{k: v for k, v in group.items() if k != "params"} for group in new.optimizer.param_groups]
+    old_schedule = old.scheduler.state_dict() if old.scheduler is not None else {}
+    new_schedule = dict(new.scheduler.state_dict()) if new.scheduler is not None else {}
+
+    def apply() -> None:
+        for group, before, after in zip(new.optimizer.param_groups, old_groups, new_groups, strict=True):
+            for key in after:
+                if before.get(key) == after[key]:
+                    continue
+                if key == "lr" and new.scheduler is not None and before[key]:
+                    group[key] *= after[key] / before[key]
+                else:
+                    group[key] = after[key]
+        if new.scheduler is not None:
+            differing = {
+                key: value
+                for key, value in new_schedule.items()
+                if key != "_last_lr" and old_schedule.get(key) != value
+            }
+            rates = [float(group["lr"]) for group in new.optimizer.param_groups]
+            new.scheduler.load_state_dict({**new.scheduler.state_dict(), **differing, "_last_lr": rates})
+
+    return apply
+
+
+def _check_work_left(view: RunView, asked: Mapping[str, Any]) -> None:
+    state = view.tags.get(STATE)
+    if state not in ("finished", "stopped_early"):
+        return
+    recorded = json.loads(view.tags.get(SETTINGS, "{}"))
+    longer = any(asked.get(name, 0) > (recorded.get(name) or 0) for name in ("epochs", "max_steps"))
+    if state == "stopped_early":
+        longer = asked.get("patience", 0) > (recorded.get("patience") or 0)
+    if not longer:
+        pointer = pointed(view)
+        step = f" at step {pointer['step']}" if pointer else ""
+        more = (
+            "--patience with a larger number" if state == "stopped_early" else "--epochs with a larger number"
+        )
+        raise NothingLeft(
+            view, f"run {view.run_id} is {state}{step}: nothing is left to do (to go on: {more})"
+        )
+
+
+def _changed_settings(attempt: Attempt, asked: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """The recorded settings with what was asked for, and those changes that have a say in values."""
+    assert attempt.restored is not None
+    recorded = Settings.from_json(attempt.restored["settings"])
+    if "seed" in asked and asked["seed"] != recorded.seed:
+        raise UsageError(
+            f"--seed {asked['seed']} was asked for, and the run was trained with seed {recorded.seed}",
+            expected="no --seed: the order of the samples depends on it",
+        )
+    settings = replace(recorded, **asked)
+    changed = {
+        name: [getattr(recorded, name), getattr(settings, name)]
+        for name in asked
+        if name not in _UNSEEN_BY_VALUES and getattr(recorded, name) != getattr(settings, name)
+    }
+    return settings, changed
+
+
+def _refuse_beyond(attempt: Attempt, changes: list[str], word: str) -> None:
+    if changes and attempt.replay:
+        furthest = max(step for points in attempt.replay.values() for step in points)
+        assert attempt.restored is not None
+        step = attempt.restored["step"]
+        raise UsageError(
+            f"{', '.join(changes)} cannot be changed here: points up to step {furthest} stand beyond the checkpoint "
+            f"of step {step}, and would no longer be what the run computes",
+            expected="a checkpoint at the end of the curve (a run that was paused, stopped or finished)",
+            try_next=f"python -m tracked.run resume {word}   (without the change), or fork {word} --step {step} …",
+        )
+
+
+@contextlib.contextmanager
+def _until_over(run: Run) -> Iterator[None]:
+    """Run the body with signals listened to, and end the run as the body ended."""
+    try:
+        with run, leaving_on_signals(run):
+            yield
+    except Paused:
+        pass  # finished as paused or stopped; the caller reads the run's state
+
+
+@contextlib.contextmanager
+def leaving_on_signals(run: Run) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGUSR1 checkpoint at the next step and leave; a second SIGINT leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and run.should_stop:
+            signal.default_int_handler(number, frame)
+        name = signal.Signals(number).name
+        run.request_leave("paused", name)
+        # A handler must not use the bar's lock, which the interrupted code may hold.
+        os.write(2, f"\n{name}: a checkpoint is taken after this step, then the run is paused\n".encode())
+
+    before = {each: signal.signal(each, leave) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -- scripts and notebooks
+
+_open_run: Run | None = None
+
+
+def start(
+    experiment_name: str,
+    params: Any = None,
+    *,
+    run_name: str | None = None,
+    tracking_uri: str | None = None,
+    spool_dir: str | Path | None = None,
+    drain_timeout: float = 60.0,
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """A run for a script or notebook: `with tracked.start("digits", params) as run:`.
+
+    Under `TRACKED_RESUME` (set by `python -m tracked.run resume RUN -- COMMAND`) it is that run,
+    resumed. Nothing global is changed; `run.batches` and `run.steps` seed.
+
+    Args:
+        experiment_name: MLflow's experiment, made if missing.
+        params: Hyperparameters, as a dataclass or a mapping.
+        run_name: The run's name in MLflow.
+        tracking_uri: Else `MLFLOW_TRACKING_URI`, else `sqlite:///mlruns/mlflow.db`.
+        spool_dir: Else `TRACKED_SPOOL`, else `mlruns/spool`.
+        drain_timeout: Seconds that `finish` waits for the delivery of the last points.
+        progress: Whether to show a bar where there is a terminal.
+        settings: The loop's, as in `train`'s options: `seed`, `checkpoint_every`, `patience`, …
+
+    Raises:
+        TrackedError: A setting that cannot work, a spool that cannot be written.
+    """
+    if word := os.environ.get("TRACKED_RESUME"):
+        return resume_run(
+            word,
+            params,
+            tracking_uri=tracking_uri,
+            spool_dir=spool_dir,
+            drain_timeout=drain_timeout,
+            progress=progress,
+            **settings,
+        )
+    chosen = _settings(settings)
+    attempt = begin(
+        Place.choose(tracking_uri, spool_dir),
+        experiment=experiment_name,
+        name=run_name,
+        tags=provenance.mlflow_tags(provenance.collect()),
+        params=_flat(params),
+    )
+    return _opened(attempt, chosen, drain_timeout=drain_timeout, progress=progress)
+
+
+def resume_run(
+    run_id: str,
+    params: Any = None,
+    *,
+    tracking_uri: str | None = None,
+    spool_dir: str | Path | None = None,
+    drain_timeout: float = 60.0,
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """Go on with a run in a script or notebook: `with tracked.resume(run_id) as run:`.
+
+    Args:
+        run_id: ID, unique prefix, local handle, or `last`.
+        params: What the script would train with now; what differs from the recorded is told and tagged.
+        tracking_uri: As in `start`, like the arguments after it.
+        spool_dir: As in `start`.
+        drain_timeout: As in `start`.
+        progress: As in `start`.
+        settings: What is to be changed; the others are as recorded.
+
+    Raises:
+        TrackedError: See `attempts.take_over`.
+    """
+    shown = _progress(progress)
+    attempt, _ = take_over(Place.choose(tracking_uri, spool_dir), run_id, shown.say)
+    try:
+        chosen, changes = _changed_settings(attempt, {k: v for k, v in settings.items() if k != "seed"})
+        if params is not None:
+            changes |= {k: list(v) for k, v in _differences(attempt.params, _flat(params)).items()}
+        _refuse_beyond(attempt, sorted(changes), run_id)
+    except BaseException:
+        attempt.lock.release()
+        raise
+    run = _opened(attempt, chosen, drain_timeout=drain_timeout, progress=progress)
+    if changes:
+        run.progress.warn(f"recorded and present values differ: {changes}")
+        run.set_tags({OVERRIDE: json.dumps({"step": run.step, "changes": changes}, default=str)})
+    return run
+
+
+def fit(task: Task, experiment_name: str = "default", params: Any = None, **options: Any) -> Run:
+    """Train a task in a run of its own, to its end; options as in `start`."""
+    with start(experiment_name, params, **options) as run:
+        loop.fit(task, run)
+    return run
+
+
+def _opened(attempt: Attempt, settings: Settings, *, drain_timeout: float, progress: bool) -> Run:
+    global _open_run  # noqa: PLW0603 - a notebook's cell that is run again closes the run it left open
+    if _open_run is not None:
+        _open_run.finish("stopped", "another run was started in this process")
+    run = Run(attempt, settings, progress=_progress(progress), drain_timeout=drain_timeout)
+    run.configure(settings)
+    _open_run = run
+    return run
+
+
+def _progress(show: bool) -> Progress:
+    if not show:
+        return Progress()
+    from tracked.progress import Bar
+
+    return Bar()
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    try:
+        return Settings(**given)
+    except TypeError as error:
+        raise UsageError(
+            f"unknown setting: {error}", expected=f"one of {', '.join(asdict(Settings()))}"
+        ) from None
+
+
+def _flat(values: Any) -> dict[str, Any]:
+    return {} if values is None else params.flatten(values)
+
+
+def _differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return params.differences(dict(recorded), dict(present))
+
+
+# -- train --check
+
+
+def check(path: Path, request: Request) -> tuple[int, int]:
+    """Train a few steps, save, reload, train the same steps again, and compare every bit.
+
+    Nothing is sent anywhere.
+
+    Returns:
+        Tensors and points that were compared.
+
+    Raises:
+        CheckpointError: Something differs; the first differing things are named.
+    """
+    experiment = experiments.load(path)
+    values = experiment.make_params(request.overrides, request.config)
+    steps = f"{_CHECK_STEPS} steps"
+    settings = replace(
+        Settings(**request.settings),
+        epochs=None,
+        max_steps=2 * _CHECK_STEPS,
+        eval_every=steps,
+        checkpoint_every=(steps,),
+        keep_last=3,
+    )
+    with tempfile.TemporaryDirectory(prefix="tracked-check-") as temp:
+        first = _check_run(Path(temp) / "first", experiment, values, settings, None)
+        halfway = load(first / folder_name(_CHECK_STEPS) / FILE)
+        second = _check_run(Path(temp) / "second", experiment, values, settings, halfway)
+        straight = load(first / folder_name(2 * _CHECK_STEPS) / FILE)
+        resumed = load(second / folder_name(2 * _CHECK_STEPS) / FILE)
+    compared, wrong = compare_states(straight, resumed)
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} things differ after a resume: {', '.join(wrong[:8])}",
+            expected="the same bits: everything random drawn from Python's, NumPy's or torch's global generators, "
+            "everything that changes attached",
+            try_next="run.attach(name=part) for what is missing; --deterministic on a GPU",
+        )
+    return compared, sum(straight["points"]["counts"].values())
+
+
+def _check_run(
+    root: Path, experiment: Experiment, values: Any, settings: Settings, state: dict[str, Any] | None
+) -> Path:
+    folder = RunFolder(root / "runs" / uuid.uuid4().hex)
+    folder.make()
+    lock = Lock(folder.lock)
+    lock.acquire()
+    number = 1 if state is None else 2
+    attempt = Attempt(
+        Outbox(root),
+        "",
+        folder,
+        lock,
+        number,
+        uuid.uuid4().hex,
+        {"run_id": None},
+        params.flatten(values),
+        restored=state,
+        delivers=False,
+    )
+    with Run(attempt, settings) as run:
+        _carry_out(experiment, values, run)
+    return folder.checkpoints
+
+
+def compare_states(a: Any, b: Any, where: str = "") -> tuple[int, list[str]]:
+    """How many leaves two states have in common, and where they differ (bitwise, NaN equal to NaN)."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and a.stride() == b.stride()
+            and a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
+        )
+        return 1, [] if same else [where]
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        wrong = [f"{where}.{key}" for key in a.keys() ^ b.keys()]
+        parts = [compare_states(a[key], b[key], f"{where}.{key}".lstrip(".")) for key in a if key in b]
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        wrong = []
+        parts = [compare_states(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    else:
+        # `!=` of a NaN with itself is true, and their texts are equal.
+        return 1, [] if a == b or repr(a) == repr(b) else [where]
+    return sum(count for count, _ in parts), wrong + [each for _, part in parts for each in part]
