@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: MLflow servers."""
+"""Fixtures that several test files share: MLflow servers, and folders in which commands run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import Workplace
 from tests.servers import MlflowServer, end_group
 
 _SHARED = "shared-server.json"
@@ -57,3 +58,19 @@ def own_server(tmp_path: Path) -> Iterator[MlflowServer]:
     server = MlflowServer(tmp_path / "own-server")
     yield server
     server.kill()
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Iterator[Workplace]:
+    """A folder in which commands run, against an SQLite file in it."""
+    place = Workplace(tmp_path, f"sqlite:///{tmp_path}/mlruns/mlflow.db")
+    yield place
+    place.close()
+
+
+@pytest.fixture
+def remote_workplace(tmp_path: Path, server_uri: str) -> Iterator[Workplace]:
+    """A folder in which commands run, against the session's MLflow server."""
+    place = Workplace(tmp_path, server_uri)
+    yield place
+    place.close()

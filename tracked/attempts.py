@@ -38,10 +38,11 @@ from tracked.names import (
     attempt_param,
     newest_attempt,
 )
+from tracked.pipe import Attempt
 from tracked.place import Place
 from tracked.points import Replay
 from tracked.spool import Lock, Outbox, RunFolder, read_json
-from tracked.tracking import Attempt, host_and_process
+from tracked.tracking import host_and_process
 
 if TYPE_CHECKING:
     from tracked.server import RunView, Server

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tracked.tracking import Progress
+from tracked.pipe import Progress
 
 if TYPE_CHECKING:
     from tracked.tracking import Run

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +16,12 @@ from typing import Any, Self
 
 from torch.utils.data import Dataset
 
-from tracked import sender, spool
-from tracked.checkpoint import FILE, Writer, check_loadable, folder_name, step_of
+from tracked.checkpoint import check_loadable
 from tracked.data import Batches
 from tracked.errors import LossNotFinite, RunTaken, SpoolError, UsageError
-from tracked.journal import Journal
-from tracked.names import COMMAND, DIVERGED_AT, EXACT, POINTS, SETTINGS, STATE, STOP_REASON
+from tracked.names import COMMAND, EXACT, SETTINGS, STOP_REASON
 from tracked.params import as_text
-from tracked.points import PointLog, Replay
+from tracked.pipe import Attempt, Pipe, Progress, Retention
 from tracked.provenance import boot_id, host_name
 from tracked.schedule import Due, Interval, Settings
 from tracked.seeding import (
@@ -39,21 +35,9 @@ from tracked.seeding import (
     restore_generators,
     seed_generators,
 )
-from tracked.spool import Lock, Outbox, RunFolder
 from tracked.state import Parts
 from tracked.stopping import Stopping
 
-log = logging.getLogger("tracked")
-
-FLUSH_SECONDS = 0.2
-_POINTS_IN_A_RECORD = 500
-_STATUS = {
-    "finished": "FINISHED",
-    "stopped_early": "FINISHED",
-    "stopped": "KILLED",
-    "paused": "KILLED",
-    "failed": "FAILED",
-}
 PAUSED_EXIT = 75
 
 
@@ -64,50 +48,6 @@ class Paused(SystemExit):
         super().__init__(PAUSED_EXIT if state == "paused" else 0)
         self.state = state
         self.reason = reason
-
-
-class Progress:
-    """Where a training shows how far it is. This one shows nothing."""
-
-    def say(self, text: str) -> None:
-        """Show a line."""
-        log.info("%s", text)
-
-    def warn(self, text: str) -> None:
-        """Show a line that the user should not miss."""
-        log.warning("%s", text)
-
-    def identify(self, run_id: str, url: str) -> None:
-        """The server has given the run its ID."""
-        self.say(f"run {run_id}  {url}".rstrip())
-
-    def update(self, run: Run) -> None:
-        """Called every 0.2 s, beside the training."""
-
-    def close(self) -> None:
-        """The training is over."""
-
-
-@dataclass
-class Attempt:
-    """One process's turn at a run: its place on this machine, and what it starts from."""
-
-    outbox: Outbox
-    tracking_uri: str
-    folder: RunFolder
-    lock: Lock
-    number: int
-    nonce: str
-    start: dict[str, Any]
-    params: dict[str, Any]
-    about: dict[str, Any] = field(default_factory=dict)
-    restored: dict[str, Any] | None = None
-    replay: Replay = field(default_factory=dict)
-    delivers: bool = True
-
-    def ensure_sender(self) -> None:
-        if self.delivers:
-            sender.ensure(self.outbox, self.tracking_uri)
 
 
 class Run:
@@ -148,44 +88,31 @@ class Run:
         self._batch = 0
         self._epoch_ends = False
         self._parts = Parts()
-        self._points = PointLog(attempt.replay)
-        self._kept: list[dict[str, Any]] = []
-        self._checkpointed_step = -1
         self._wants_checkpoint = False
         self._improved = False
         self._leave: tuple[str, str] | None = None
         self._ends_after_step = ""
         self._looping = False
+        self._over = False
         self._due = Due([Interval.parse(text) for text in settings.checkpoint_every], time.monotonic())
-        self._files = 0
         self._restored = attempt.restored
+        retention = Retention(settings.keep_last, settings.keep_best, self.stopping.mode)
+        self._pipe = Pipe(attempt, retention, self.progress)
         if self._restored is not None:
             self._continue(self._restored)
-        self._journal = Journal(
-            attempt.folder.path / f"attempt-{attempt.number:04d}-{attempt.nonce[:8]}", {"run": self.handle}
-        )
-        self._journal.append("start", attempt.start)
-        self._written: list[dict[str, Any]] = []
-        self._appended = 0
-        self._told: set[str] = set()
-        self._pump_lock = threading.Lock()
-        self._writer = Writer(self._written.append, self._checkpoint_failed)
-        self._closing = threading.Event()
-        self._flusher = threading.Thread(target=self._flush_regularly, name="tracked-journal", daemon=True)
-        self._pump()
-        self._flusher.start()
+        self._pipe.open(self._beside)
 
     # -- what it is
 
     @property
     def id(self) -> str:
         """The run's ID in MLflow; the local handle until the server has given one."""
-        return str(self._about().get("run_id") or self._attempt.start["run_id"] or self.handle)
+        return str(self._attempt.said().get("run_id") or self._attempt.start["run_id"] or self.handle)
 
     @property
     def url(self) -> str:
         """Where a browser shows the run; empty until that is known, and for an SQLite file."""
-        return str(self._about().get("url", ""))
+        return str(self._attempt.said().get("url", ""))
 
     @property
     def epoch(self) -> int:
@@ -205,7 +132,7 @@ class Run:
     @property
     def replayed_equal(self) -> int:
         """Recomputed points that an earlier attempt had delivered with the very same value."""
-        return self._points.replayed_equal
+        return self._pipe.points.replayed_equal
 
     @property
     def resumed_from(self) -> int | None:
@@ -215,7 +142,8 @@ class Run:
     @property
     def checkpoint(self) -> dict[str, Any] | None:
         """The newest checkpoint that is written: step, epoch, path, sha256, bytes."""
-        return self._kept[-1] if self._kept else None
+        entries = self._pipe.retention.entries
+        return entries[-1] if entries else None
 
     # -- what a loop calls
 
@@ -227,17 +155,16 @@ class Run:
             facts: More to record beside them, such as `batch_size`.
         """
         self.settings = settings
-        self.stopping.mode = settings.mode or "min"
+        self.stopping.mode = self._pipe.retention.mode = settings.mode or "min"
         self.stopping.patience, self.stopping.min_delta = settings.patience, settings.min_delta
         loop = {f"loop.{name}": str(value) for name, value in {**asdict(settings), **facts}.items()}
-        with self._pump_lock:
-            if self.attempt == 1:
-                self._journal.append("params", {**as_text(self._attempt.params), **loop})
-            self._journal.append("tags", {SETTINGS: json.dumps(asdict(settings))})
+        if self.attempt == 1:
+            self._pipe.append("params", {**as_text(self._attempt.params), **loop})
+        self._pipe.append("tags", {SETTINGS: json.dumps(asdict(settings))})
 
     def changed(self, values: Mapping[str, float]) -> dict[str, float]:
         """Those of `values` that differ from what was last logged under their key."""
-        return {key: value for key, value in values.items() if self._points.last(key) != value}
+        return {key: value for key, value in values.items() if self._pipe.points.last(key) != value}
 
     def attach(self, **parts: Any) -> None:
         """Name what is saved and resumed: anything with `state_dict` and `load_state_dict`.
@@ -363,7 +290,7 @@ class Run:
             MetricError: See `PointLog.log`.
         """
         step = self.step if step is None else step
-        self._points.log(step, values)
+        self._pipe.points.log(step, values)
         monitor = self.settings.monitor
         if monitor is not None and monitor in values:
             self.judge(float(values[monitor]))
@@ -396,18 +323,17 @@ class Run:
         path = Path(path)
         if not path.is_file():
             raise UsageError(f"there is no file {path}", expected="a file to log")
-        self._add_file(path.name, directory, lambda to: shutil.copyfile(path, to))
+        self._pipe.add_file(path.name, directory, lambda to: shutil.copyfile(path, to))
 
     def log_figure(self, figure: Any, name: str) -> None:
         """Have a matplotlib figure uploaded; `name` is a path such as `plots/curves.png`."""
         where = Path(name)
         directory = "" if str(where.parent) == "." else where.parent.as_posix()
-        self._add_file(where.name, directory, lambda to: figure.savefig(to, bbox_inches="tight"))
+        self._pipe.add_file(where.name, directory, lambda to: figure.savefig(to, bbox_inches="tight"))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
-        with self._pump_lock:
-            self._journal.append("tags", dict(tags))
+        self._pipe.append("tags", dict(tags))
 
     def save(self) -> None:
         """Have a checkpoint taken when this step ends."""
@@ -434,26 +360,16 @@ class Run:
         Returns:
             Points that are not delivered yet; they stay in the spool.
         """
-        if self._closing.is_set():
+        if self._over:
             return self.undelivered
+        self._over = True
         if state == "finished" and self._ends_after_step:
             state, reason = "stopped_early", self._ends_after_step
-        self._writer.close()
-        self._closing.set()
-        self._flusher.join()
+        self._pipe.close(state, {STOP_REASON: reason, COMMAND: ""}, self._beside)
         self.last_state = state
-        self.metrics = self._points.latest()
-        superseded = bool(self._about().get("superseded"))
-        with self._pump_lock:
-            if not superseded:
-                self._append_new()
-                self._journal.append("end", self._ending(state, reason))
-            try:
-                self._journal.close()
-            except SpoolError as error:
-                self.progress.warn(str(error))
+        self.metrics = self.latest()
         self._attempt.lock.release()
-        self.undelivered = 0 if superseded else self._drain()
+        self.undelivered = self._pipe.drain(self._drain_timeout, self._beside)
         self.progress.close()
         return self.undelivered
 
@@ -481,7 +397,7 @@ class Run:
         """Finish as failed, with the traceback as an artifact."""
         text = "".join(traceback.format_exception(error))
         try:
-            self._add_file("traceback.txt", "", lambda to: to.write_text(text))
+            self._pipe.add_file("traceback.txt", "", lambda to: to.write_text(text))
         except SpoolError as spool_error:
             self.progress.warn(str(spool_error))
         return self.finish("failed", f"{type(error).__name__}: {error}"[:500])
@@ -547,16 +463,15 @@ class Run:
             "handle": self.handle,
             "attempt": self.attempt,
             "value": self.stopping.best if self.stopping.best_step == self.step else None,
-            "metrics": self._points.latest(),
-            "points": self._points.state_dict()["counts"],
+            "metrics": self._pipe.points.latest(),
+            "points": self._pipe.points.state_dict()["counts"],
             "environment": self._environment(),
         }
-        folder = self._attempt.folder.checkpoints / folder_name(self.step)
-        taken = self._writer.take(self._compose(), folder, manifest, pinned=pinned, wait=wait)
+        taken = self._pipe.take_checkpoint(self._compose(), manifest, pinned=pinned, wait=wait)
         self._wants_checkpoint = not taken
 
     def _compose(self) -> dict[str, Any]:
-        points = self._points.state_dict()
+        points = self._pipe.points.state_dict()
         return {
             "format": 1,
             "step": self.step,
@@ -570,7 +485,9 @@ class Run:
             "points": points,
             "state": self.state,
             "stopping": self.stopping.state_dict(),
-            "checkpoints": [{key: each[key] for key in ("step", "value")} for each in self._kept],
+            "checkpoints": [
+                {key: each[key] for key in ("step", "value")} for each in self._pipe.retention.entries
+            ],
             "data": self._data,
             "params": self._attempt.params,
             "settings": asdict(self.settings),
@@ -584,9 +501,9 @@ class Run:
         self.step, self.epochs_done, self._batch = state["step"], state["epoch"], state["batch"]
         self.state = dict(state["state"])
         self.stopping.load_state_dict(state["stopping"])
-        self._points.load_state_dict(state["points"])
+        self._pipe.points.load_state_dict(state["points"])
         value = self.stopping.best if self.stopping.best_step == self.step else None
-        self._kept = [*state["checkpoints"], {"step": self.step, "value": value}]
+        self._pipe.retention.entries = [*state["checkpoints"], {"step": self.step, "value": value}]
 
     def _check_data(self, state: dict[str, Any], data: dict[str, int]) -> None:
         """Mid-epoch, the place in the data is a number of batches of a certain size."""
@@ -615,144 +532,27 @@ class Run:
                 try_next=f"python -m tracked.run show {self.id}",
             )
 
-    # -- beside the training: the journal
+    # -- beside the training
 
-    def _about(self) -> dict[str, Any]:
-        """What the sender says of this attempt; nothing while it speaks of an earlier one."""
-        about = self._attempt.folder.about
-        return about if about.get("attempt") == self.attempt else {}
-
-    def _flush_regularly(self) -> None:
-        looked_after = time.monotonic()
-        while not self._closing.wait(FLUSH_SECONDS):
-            self._pump()
-            if time.monotonic() - looked_after > 1.0:
-                self._attempt.ensure_sender()
-                looked_after = time.monotonic()
-            self._listen()
-            self.progress.update(self)
-
-    def _pump(self) -> None:
-        """Move what was logged and written into the journal."""
-        with self._pump_lock:
-            checkpointed = self._append_new()
-            try:
-                self._journal.flush(sync=checkpointed)
-            except SpoolError as error:
-                self._tell_once("spool", f"{error}\n  points are kept in memory meanwhile")
-
-    def _append_new(self) -> bool:
-        # The writer's thread may append meanwhile: only what is there now is taken.
-        manifests = self._written[:]
-        del self._written[: len(manifests)]
-        # After the manifests: every point up to a written checkpoint's step stands before its record.
-        points = self._points.drain()
-        for start in range(0, len(points), _POINTS_IN_A_RECORD):
-            self._journal.append("points", points[start : start + _POINTS_IN_A_RECORD])
-        self._appended += len(points)
-        for manifest in manifests:
-            self._keep(manifest)
-        if (diverged := self._points.diverged) and "diverged" not in self._told:
-            self._journal.append("tags", {DIVERGED_AT: str(diverged.step)})
-            self._tell_once(
-                "diverged",
-                f"{diverged.key} at step {diverged.step} was {diverged.delivered!r}, recomputed it is "
-                f"{diverged.recomputed!r}; the delivered value stays. Likely causes: another machine or torch build, "
-                "a device without deterministic kernels (--deterministic), or changed code",
-            )
-        return bool(manifests)
-
-    def _keep(self, manifest: dict[str, Any]) -> None:
-        """Journal a checkpoint that is whole on the disk, and delete those it supersedes from the spool."""
-        step = manifest["step"]
-        self._kept = [each for each in self._kept if each["step"] != step]
-        entry = {
-            **{key: manifest[key] for key in ("step", "epoch", "value", "sha256", "bytes")},
-            "path": f"checkpoints/{folder_name(step)}/{FILE}",
-        }
-        self._kept.append(entry)
-        keep = {each["step"] for each in self._kept[-self.settings.keep_last :]}
-        rated = sorted(
-            (each for each in self._kept if each.get("value") is not None),
-            key=lambda each: each["value"] if self.stopping.mode == "min" else -each["value"],
-        )
-        keep |= {each["step"] for each in rated[: self.settings.keep_best]}
-        self._kept = [each for each in self._kept if each["step"] in keep]
-        self._journal.append("checkpoint", {**entry, "keep": sorted(keep)})
-        keep.add(int(self._about().get("committed", step)))
-        for folder in self._attempt.folder.checkpoints.iterdir():
-            found = step_of(folder.name)
-            if found is not None and found not in keep and found <= step:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _checkpoint_failed(self, reason: str) -> None:
-        self._tell_once(
-            f"checkpoint {reason}",
-            f"a checkpoint could not be written: {reason}\n  the training goes on, and the last whole one stays",
-        )
-
-    def _add_file(self, name: str, directory: str, write: Callable[[Path], Any]) -> None:
-        self._files += 1
-        relative = f"files/{self._files:06d}/{name}"
-        path = self._journal.folder / relative
-        try:
-            path.parent.mkdir(parents=True)
-            write(path)
-        except OSError as error:
-            raise spool.unusable(path, error) from error
-        with self._pump_lock:
-            self._journal.append("artifact", {"file": relative, "directory": directory})
-
-    def _listen(self) -> None:
-        """Take note of what the sender says."""
-        about = self._about()
-        if about.get("run_id") and "id" not in self._told:
-            self._told.add("id")
-            self.progress.identify(about["run_id"], about.get("url", ""))
-        if about.get("superseded"):
+    def _beside(self, said: Mapping[str, Any]) -> None:
+        """Take note of what the sender says, and show how far it is."""
+        if said.get("superseded"):
             self._leave = ("superseded", "another process has taken the run over")
-        elif (command := about.get("command")) in ("pause", "stop"):
+        elif (command := said.get("command")) in ("pause", "stop"):
             self.request_leave("paused" if command == "pause" else "stopped", f"asked to {command}")
-        if about.get("rejected"):
-            self._tell_once("rejected", f"the server found a record invalid: {about.get('rejected_reason')}")
-
-    def _tell_once(self, what: str, text: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            self.progress.warn(text)
-
-    def _ending(self, state: str, reason: str) -> dict[str, Any]:
-        tags = {
-            STATE: state,
-            STOP_REASON: reason,
-            COMMAND: "",
-            POINTS: str(sum(self._points.state_dict()["counts"].values())),
-        }
-        return {"status": _STATUS[state], "end_time": int(time.time() * 1000), "tags": tags}
+        self.progress.update(self)
 
     def latest(self) -> dict[str, float]:
         """The last value of each metric."""
-        return self._points.latest()
+        return self._pipe.points.latest()
 
     def pending(self) -> int:
         """Points that were logged and are not on the server yet."""
-        return max(0, self._appended - int(self._about().get("points", 0)))
+        return self._pipe.pending()
 
     def trouble(self) -> str:
         """Why nothing is being delivered at the moment; empty if it is."""
-        return str(self._about().get("trouble", ""))
-
-    def _drain(self) -> int:
-        deadline = time.monotonic() + self._drain_timeout
-        folder = self._journal.folder
-        while self._attempt.delivers and folder.exists():
-            self._attempt.ensure_sender()
-            if time.monotonic() > deadline:
-                return max(1, self.pending())
-            self.progress.update(self)
-            time.sleep(0.05)
-        self._listen()
-        return 0
+        return str(self._attempt.said().get("trouble", ""))
 
 
 def host_and_process() -> str:

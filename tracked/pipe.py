@@ -1,0 +1,298 @@
+"""The training's end of the pipe: what it logs and saves goes into the journal, beside the training.
+
+A thread moves points, tags and checkpoints into the journal every 0.2 s, keeps a sender alive, and
+listens to what the sender says. The order in the journal carries the promise of a committed
+checkpoint: every point up to its step stands before its record.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracked import sender, spool
+from tracked.checkpoint import FILE, Writer, folder_name, step_of
+from tracked.errors import SpoolError
+from tracked.journal import Journal
+from tracked.names import DIVERGED_AT, POINTS, STATE
+from tracked.points import PointLog, Replay
+from tracked.spool import Lock, Outbox, RunFolder
+
+if TYPE_CHECKING:
+    from tracked.tracking import Run
+
+log = logging.getLogger("tracked")
+
+FLUSH_SECONDS = 0.2
+LOOK_AFTER_SECONDS = 1.0
+_POINTS_IN_A_RECORD = 500
+_STATUS = {
+    "finished": "FINISHED",
+    "stopped_early": "FINISHED",
+    "stopped": "KILLED",
+    "paused": "KILLED",
+    "failed": "FAILED",
+}
+
+
+class Progress:
+    """Where a training shows how far it is. This one shows nothing, and logs what must not be missed."""
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        log.info("%s", text)
+
+    def warn(self, text: str) -> None:
+        """Show a line that the user should not miss."""
+        log.warning("%s", text)
+
+    def identify(self, run_id: str, url: str) -> None:
+        """The server has given the run its ID."""
+        self.say(f"run {run_id}  {url}".rstrip())
+
+    def update(self, run: Run) -> None:
+        """Called every 0.2 s, beside the training."""
+
+    def close(self) -> None:
+        """The training is over."""
+
+
+@dataclass
+class Attempt:
+    """One process's turn at a run: its place on this machine, and what it starts from."""
+
+    outbox: Outbox
+    tracking_uri: str
+    folder: RunFolder
+    lock: Lock
+    number: int
+    nonce: str
+    start: dict[str, Any]
+    params: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
+    restored: dict[str, Any] | None = None
+    replay: Replay = field(default_factory=dict)
+    delivers: bool = True
+
+    def ensure_sender(self) -> None:
+        if self.delivers:
+            sender.ensure(self.outbox, self.tracking_uri)
+
+    def said(self) -> dict[str, Any]:
+        """What the sender says of this attempt; nothing while it speaks of an earlier one."""
+        about = self.folder.about
+        return about if about.get("attempt") == self.number else {}
+
+
+@dataclass
+class Retention:
+    """Which checkpoints stay: the newest, the best, and the one that the run's tag names."""
+
+    last: int
+    best: int
+    mode: str
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, entry: dict[str, Any]) -> set[int]:
+        """Take a checkpoint that is written; the steps of those to keep."""
+        entries = [each for each in self.entries if each["step"] != entry["step"]] + [entry]
+        rated = sorted(
+            (each for each in entries if each["value"] is not None),
+            key=lambda each: each["value"] if self.mode == "min" else -each["value"],
+        )
+        keep = {each["step"] for each in [*entries[-self.last :], *rated[: self.best]]}
+        self.entries = [each for each in entries if each["step"] in keep]
+        return keep
+
+
+class Pipe:
+    """Journal, checkpoint writer and the thread between them and the training.
+
+    Args:
+        attempt: Whose journal it is.
+        retention: Which checkpoints stay.
+        progress: Told of what the user should know.
+    """
+
+    def __init__(self, attempt: Attempt, retention: Retention, progress: Progress) -> None:
+        self.points = PointLog(attempt.replay)
+        self.retention = retention
+        self._attempt = attempt
+        self._progress = progress
+        self._journal = Journal(
+            attempt.folder.path / f"attempt-{attempt.number:04d}-{attempt.nonce[:8]}",
+            {"run": attempt.folder.handle},
+        )
+        self._journal.append("start", attempt.start)
+        self._lock = threading.Lock()
+        self._written: list[dict[str, Any]] = []
+        self._writer = Writer(self._written.append, self._tell_failed)
+        self._appended = 0
+        self._files = 0
+        self._told: set[str] = set()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.flush()
+
+    def open(self, beside: Callable[[dict[str, Any]], None]) -> None:
+        """Start the thread, which calls `beside` with what the sender says, every 0.2 s."""
+        self._thread = threading.Thread(
+            target=self._work, args=(beside,), name="tracked-journal", daemon=True
+        )
+        self._thread.start()
+
+    # -- from the training
+
+    def append(self, kind: str, body: Any) -> None:
+        """Journal a record of params, tags or the like."""
+        with self._lock:
+            self._journal.append(kind, body)
+
+    def add_file(self, name: str, directory: str, write: Callable[[Path], Any]) -> None:
+        """Have a file that `write(path)` makes uploaded as `directory/name`.
+
+        Raises:
+            SpoolError: It cannot be made.
+        """
+        with self._lock:
+            self._files += 1
+            relative = f"files/{self._files:06d}/{name}"
+        path = self._journal.folder / relative
+        try:
+            path.parent.mkdir(parents=True)
+            write(path)
+        except OSError as error:
+            raise spool.unusable(path, error) from error
+        self.append("artifact", {"file": relative, "directory": directory})
+
+    def take_checkpoint(
+        self, state: dict[str, Any], manifest: Mapping[str, Any], *, pinned: bool, wait: bool
+    ) -> bool:
+        """Copy the state between two steps; see `checkpoint.Writer.take`."""
+        folder = self._attempt.folder.checkpoints / folder_name(state["step"])
+        return self._writer.take(state, folder, manifest, pinned=pinned, wait=wait)
+
+    # -- beside the training
+
+    def _work(self, beside: Callable[[dict[str, Any]], None]) -> None:
+        looked_after = time.monotonic()
+        while not self._closing.wait(FLUSH_SECONDS):
+            self.flush()
+            if time.monotonic() - looked_after > LOOK_AFTER_SECONDS:
+                self._attempt.ensure_sender()
+                looked_after = time.monotonic()
+            self._listen(beside)
+
+    def flush(self) -> None:
+        """Move what was logged and written into the journal."""
+        with self._lock:
+            checkpointed = self._append_new()
+            try:
+                self._journal.flush(sync=checkpointed)
+            except SpoolError as error:
+                self._tell_once("spool", f"{error}\n  points are kept in memory meanwhile")
+
+    def _append_new(self) -> bool:
+        # The writer's thread may append meanwhile: only what is there now is taken.
+        manifests = self._written[:]
+        del self._written[: len(manifests)]
+        # After the manifests: every point up to a written checkpoint's step stands before its record.
+        points = self.points.drain()
+        for start in range(0, len(points), _POINTS_IN_A_RECORD):
+            self._journal.append("points", points[start : start + _POINTS_IN_A_RECORD])
+        self._appended += len(points)
+        for manifest in manifests:
+            self._keep(manifest)
+        if (diverged := self.points.diverged) and "diverged" not in self._told:
+            self._journal.append("tags", {DIVERGED_AT: str(diverged.step)})
+            self._tell_once(
+                "diverged",
+                f"{diverged.key} at step {diverged.step} was {diverged.delivered!r}, recomputed it is "
+                f"{diverged.recomputed!r}; the delivered value stays. Likely causes: another machine or torch "
+                "build, a device without deterministic kernels (--deterministic), or changed code",
+            )
+        return bool(manifests)
+
+    def _keep(self, manifest: dict[str, Any]) -> None:
+        """Journal a checkpoint that is whole on the disk, and delete those it supersedes from the spool."""
+        step = manifest["step"]
+        entry = {
+            **{key: manifest[key] for key in ("step", "epoch", "value", "sha256", "bytes")},
+            "path": f"checkpoints/{folder_name(step)}/{FILE}",
+        }
+        keep = self.retention.add(entry)
+        self._journal.append("checkpoint", {**entry, "keep": sorted(keep)})
+        committed = self._attempt.said().get("committed", step)
+        for folder in self._attempt.folder.checkpoints.iterdir():
+            found = step_of(folder.name)
+            if found is not None and found < step and found not in keep and found != committed:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _listen(self, beside: Callable[[dict[str, Any]], None]) -> None:
+        said = self._attempt.said()
+        if said.get("run_id") and "id" not in self._told:
+            self._told.add("id")
+            self._progress.identify(said["run_id"], said.get("url", ""))
+        if said.get("rejected"):
+            self._tell_once("rejected", f"the server found a record invalid: {said.get('rejected_reason')}")
+        beside(said)
+
+    def _tell_failed(self, reason: str) -> None:
+        self._tell_once(
+            f"checkpoint {reason}",
+            f"a checkpoint could not be written: {reason}\n  the training goes on; the last whole one stays",
+        )
+
+    def _tell_once(self, what: str, text: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            self._progress.warn(text)
+
+    # -- how it stands, and its end
+
+    def pending(self) -> int:
+        """Points that were logged and are not on the server yet."""
+        return max(0, self._appended - int(self._attempt.said().get("points", 0)))
+
+    def close(self, state: str, tags: Mapping[str, str], beside: Callable[[dict[str, Any]], None]) -> None:
+        """Write what is left, and how the run ended.
+
+        Args:
+            state: See `_STATUS`.
+            tags: Tags to set with it.
+            beside: As in `open`, called once more.
+        """
+        self._writer.close()
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._listen(beside)
+        with self._lock:
+            self._append_new()
+            count = sum(self.points.state_dict()["counts"].values())
+            ending = {STATE: state, POINTS: str(count), **tags}
+            self._journal.append(
+                "end", {"status": _STATUS[state], "end_time": int(time.time() * 1000), "tags": ending}
+            )
+            try:
+                self._journal.close()
+            except SpoolError as error:
+                self._progress.warn(str(error))
+
+    def drain(self, seconds: float, beside: Callable[[dict[str, Any]], None]) -> int:
+        """Wait until the closed journal is delivered; the number of points that are not, after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self._attempt.delivers and self._journal.folder.exists():
+            self._attempt.ensure_sender()
+            if time.monotonic() > deadline:
+                return max(1, self.pending())
+            self._listen(beside)
+            time.sleep(0.05)
+        self._listen(beside)
+        return 0
