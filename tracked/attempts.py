@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tracked import sender, spool
+from tracked.address import redact
 from tracked.checkpoint import FILE, folder_name, load, step_of
 from tracked.errors import (
     CheckpointError,
@@ -102,7 +103,7 @@ def take_over(
     server = Server(place.tracking_uri, create=False)
     ask = _Asking(say, patience)
     outbox = place.start_sender()
-    _drain(local_runs(place, word), say)
+    _drain(place, local_runs(place, word), say)
     view = ask(lambda: find_run(server, word))
     handle = view.tags.get(HANDLE)
     if handle is None or not re.fullmatch(r"[0-9a-f]{32}", handle):
@@ -117,9 +118,8 @@ def take_over(
     if not lock.acquire(_holder()):
         raise _taken(view.run_id, read_json(folder.lock).get("holder", "a process on this machine"))
     try:
-        _drain(
-            [each for box in spool.outboxes(place.spool) for each in box.runs() if each.handle == handle], say
-        )
+        local = [each for box in spool.outboxes(place.spool) for each in box.runs() if each.handle == handle]
+        _drain(place, local, say)
         view = ask(lambda: _free(server, view.run_id, say))
         before_claim(view)
         if pointed(view) is None:
@@ -187,10 +187,13 @@ def local_runs(place: Place, word: str) -> list[RunFolder]:
     ]
 
 
-def _drain(runs: list[RunFolder], say: Say, *, patience: float = 600.0) -> None:
+def _drain(place: Place, runs: list[RunFolder], say: Say, *, patience: float = 600.0) -> None:
     """Wait until nothing of these runs is left to deliver, original timestamps and all."""
     for run in runs:
         outbox = Outbox(run.path.parent.parent)
+        # The spool does not keep a password that stands in the address.
+        same = outbox.tracking_uri == redact(place.tracking_uri)
+        uri = place.tracking_uri if same else outbox.tracking_uri
         told, deadline = "", time.monotonic() + patience
         while journals := run.journals():
             held = [path for path in journals if spool.is_held(path / "lock")]
@@ -198,7 +201,7 @@ def _drain(runs: list[RunFolder], say: Say, *, patience: float = 600.0) -> None:
                 raise _taken(
                     run.about.get("run_id", run.handle), read_json(run.lock).get("holder", "a process here")
                 )
-            sender.ensure(outbox, outbox.tracking_uri)
+            sender.ensure(outbox, uri)
             text = f"delivering what an earlier attempt left in the spool … {run.about.get('trouble', '')}".strip()
             if text != told:
                 say(text)

@@ -41,8 +41,9 @@ _LOADABLE = (
     torch.Size,
     torch.dtype,
     torch.device,
-    type,
 )
+# Classes that a pickle of these refers to by name; any other class would be refused when it is loaded.
+_LOADABLE_CLASSES = (OrderedDict, Counter, set, bytearray)
 
 
 def folder_name(step: int) -> str:
@@ -73,7 +74,11 @@ class _StatePickler(pickle.Pickler):
         return ("storage", kind, key, "cpu", obj._size())  # noqa: SLF001
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, _LOADABLE) or _is_torch_rebuild(obj):
+        if isinstance(obj, type):
+            loadable = obj in _LOADABLE_CLASSES or obj.__module__ == "torch"
+        else:
+            loadable = isinstance(obj, _LOADABLE) or _is_torch_rebuild(obj)
+        if loadable:
             return NotImplemented
         raise CheckpointError(
             f"the state holds a {type(obj).__module__}.{type(obj).__qualname__}: {obj!r:.80}",
@@ -182,6 +187,10 @@ class Writer:
         Raises:
             CheckpointError: The state holds something that could not be loaded again.
         """
+        # First, because it may raise, and what waits must not be lost then.
+        buffer = io.BytesIO()
+        pickler = _StatePickler(buffer)
+        pickler.dump(state)
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: self._waiting is None)
@@ -190,9 +199,6 @@ class Writer:
             # Claimed, so that the writing thread cannot start on it while it is overwritten.
             self._waiting = None
             slot = 1 - self._writing.slot if self._writing else 0
-        buffer = io.BytesIO()
-        pickler = _StatePickler(buffer)
-        pickler.dump(state)
         layout = _copy(list(pickler.storages.values()), self._slots[slot])
         snapshot = Snapshot(buffer.getvalue(), layout, slot, folder, dict(manifest), pinned)
         with self._changed:
@@ -227,15 +233,27 @@ class Writer:
                 self._writing, self._waiting = self._waiting, None
             try:
                 self._on_written(self._write(self._writing))
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 self._stop_process()
-                self._on_failed(str(error) or "the writing process died")
+                self._on_failed(str(error))
             finally:
                 with self._changed:
                     self._writing = None
                     self._changed.notify_all()
 
     def _write(self, snapshot: Snapshot) -> dict[str, Any]:
+        try:
+            answer = self._ask(snapshot)
+        except BrokenPipeError:
+            # The process was killed; what it was to write is still here.
+            self._stop_process()
+            answer = self._ask(snapshot)
+        if "error" in answer:
+            raise OSError(answer["error"])
+        manifest: dict[str, Any] = answer["manifest"]
+        return manifest
+
+    def _ask(self, snapshot: Snapshot) -> dict[str, Any]:
         process = self._process or self._start_process()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -251,11 +269,11 @@ class Writer:
         ).encode()
         process.stdin.write(HEADER.pack(len(job), len(snapshot.pickled)) + job + snapshot.pickled)
         process.stdin.flush()
-        answer = json.loads(process.stdout.readline())
-        if "error" in answer:
-            raise OSError(answer["error"])
-        manifest: dict[str, Any] = answer["manifest"]
-        return manifest
+        line = process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise BrokenPipeError("the process that writes checkpoints was killed")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def _start_process(self) -> subprocess.Popen[bytes]:
         fds = [slot.fd for slot in self._slots]

@@ -274,11 +274,6 @@ def _summary(run: Run) -> list[str]:
         lines.append(
             f"resumed from step {run.resumed_from}; {run.replayed_equal} recomputed points were equal"
         )
-    if run.undelivered:
-        why = f" ({run.trouble()})" if run.trouble() else ""
-        lines.append(
-            f"{run.undelivered} points are not delivered yet{why}\n  try: python -m tracked.run sync"
-        )
     if run.last_state == "paused":
         lines.append(f"to go on: python -m tracked.run resume {run.id}")
     return lines

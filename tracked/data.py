@@ -135,14 +135,19 @@ class Batches:
             )
         collate = options.pop("collate_fn", None)
         self._built = _source(dataset, collate)
-        self._loader: DataLoader[Any] | None = None
-        if options.get("num_workers", 0) or options.get("pin_memory", False):
-            self._loader = DataLoader(
+        try:
+            # Also where it is not used, because it refuses what it does not know.
+            loading = DataLoader(
                 self._built,  # type: ignore[arg-type]
                 batch_sampler=self._order,  # type: ignore[arg-type]
                 collate_fn=_as_is,
                 **options,
             )
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"loader cannot be used: {error}", expected="arguments of torch.utils.data.DataLoader"
+            ) from None
+        self._loader = loading if loading.num_workers or loading.pin_memory else None
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -205,19 +210,22 @@ def _refuse(dataset: Dataset[Any], batch_size: int, options: Mapping[str, Any]) 
 
 def size(batch: Any) -> int:
     """The number of samples in a batch: the first dimension of the first tensor or list in it."""
+    outermost = True
     while True:
         if isinstance(batch, torch.Tensor):
             return len(batch) if batch.dim() else 1
         if isinstance(batch, Mapping):
             batch = next(iter(batch.values()), None)
         elif isinstance(batch, (list, tuple)) and batch:
-            # A list of samples is a batch too (detection); a tuple of columns starts with the inputs.
-            if isinstance(batch[0], (torch.Tensor, Mapping, list, tuple)):
-                batch = batch[0]
-            else:
+            # A batch is a row of columns, inputs first. A tuple in it is a column of samples, as `zip(*samples)`
+            # gives for pictures of different sizes; `default_collate` makes lists of columns.
+            samples = type(batch) is tuple and not outermost
+            if samples or not isinstance(batch[0], (torch.Tensor, Mapping, list, tuple)):
                 return len(batch)
+            batch = batch[0]
         else:
             return 1
+        outermost = False
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -98,12 +98,17 @@ class Journal:
                 self._write()
             if sync:
                 os.fsync(self._fd)
+            if self._place.offset >= SEGMENT_BYTES:
+                self._rotate()
         except OSError as error:
             raise unusable(self.folder, error) from error
-        if self._place.offset >= SEGMENT_BYTES:
-            os.close(self._fd)
-            self._fd = self._open(self.folder, self._place.segment + 1)
-            self._place = Place(self._place.segment + 1, 0)
+
+    def _rotate(self) -> None:
+        os.fsync(self._fd)  # a later `flush(sync=True)` reaches the new segment only
+        full, self._fd = self._fd, self._open(self.folder, self._place.segment + 1)
+        os.close(full)
+        fsync_directory(self.folder)
+        self._place = Place(self._place.segment + 1, 0)
 
     def _write(self) -> None:
         written = 0

@@ -12,11 +12,11 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from tracked.data import Batches, size, to_device
-from tracked.errors import LossNotFinite, UsageError
+from tracked.errors import UsageError
 from tracked.experiment import Task
 from tracked.schedule import Due, Interval
 from tracked.seeding import derive, seed_generators
-from tracked.tracking import Run
+from tracked.tracking import Run, not_finite
 
 DEFAULT_EPOCHS = 10
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,13 +56,19 @@ def fit(task: Task, run: Run, *, attached: Callable[[], None] = lambda: None) ->
     parts = {"model": task.model, "optimizer": task.optimizer, "scheduler": task.scheduler}
     run.attach(**{name: part for name, part in parts.items() if part is not None})
     run.attach(scaler=scaler, running_loss=window_loss, **_stateful_metrics(task))
+    run.require_finite("train/loss")
     attached()
 
     evaluation = Due([Interval.parse(settings.eval_every)])
+    options = dict(task.loader)
     windows = run.windows(
-        task.train_data, batch_size=task.batch_size, accumulate=task.accumulate, loader=task.loader
+        task.train_data,
+        batch_size=task.batch_size,
+        accumulate=task.accumulate,
+        shuffle=options.pop("shuffle", True),
+        drop_last=options.pop("drop_last", False),
+        loader=options,
     )
-    monitored: float | None = None
     for window in windows:
         rates = learning_rates(task.optimizer)
         loss = train_step(task, scaler, [to_device(batch, device) for batch in window], device, run)
@@ -70,17 +76,17 @@ def fit(task: Task, run: Run, *, attached: Callable[[], None] = lambda: None) ->
         if settings.logs_at(run.step):
             run.log({"train/loss": window_loss.take(), **run.changed(rates)})
         if task.scheduler is not None and task.scheduler_interval == "step":
-            _advance(task.scheduler, monitored)
+            _advance(task.scheduler, run)
         if task.val_data is not None and evaluation.is_due(
             step=run.step, epoch=run.epoch, epoch_ended=run.epoch_ended, now=0.0
         ):
             metrics = evaluate(task, device, run)
-            monitored = _monitored(metrics, settings.monitor)
+            _check_monitored(metrics, settings.monitor)
             run.log(metrics)
         if run.epoch_ended:
             run.log({"epoch": run.epoch})
             if task.scheduler is not None and task.scheduler_interval == "epoch":
-                _advance(task.scheduler, monitored)
+                _advance(task.scheduler, run)
 
 
 def train_step(
@@ -99,7 +105,7 @@ def train_step(
             loss = _loss(task, batch)
         part = loss * (count / sum(samples)) if len(window) > 1 else loss
         if device.type == "cpu" and not math.isfinite(part.item()):
-            raise not_finite(run, float(part.item()))
+            raise not_finite(run.step, part.item())
         scaler.scale(part).backward()
         losses.append(part.detach())
     if task.clip_norm is not None:
@@ -117,6 +123,7 @@ def evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
     training = [module for module in task.model.modules() if module.training]
     task.model.eval()
     sets = task.val_data if isinstance(task.val_data, Mapping) else {"val": task.val_data}
+    options = {key: value for key, value in task.loader.items() if key not in ("shuffle", "drop_last")}
     values: dict[str, float] = {}
     for name, data in sets.items():
         seed = derive(run.settings.seed, "eval", run.step, name)
@@ -127,14 +134,21 @@ def evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
             seed=seed,
             shuffle=False,
             stream="eval",
-            loader=task.loader,
+            loader=options,
         )
-        loader = (to_device(batch, device) for batch in batches.epoch(0))
+        loader = _seeded(batches, device, seed)
         found = task.evaluate(task.model, loader) if task.evaluate else _measure(task, loader, device)
         values |= {f"{name}/{key}": float(value) for key, value in found.items()}
     for module in training:
         module.training = True
     return values
+
+
+def _seeded(batches: Batches, device: torch.device, seed: int) -> Iterator[Any]:
+    """The batches of an evaluation; what the model draws for each is the same with and without workers."""
+    for number, batch in enumerate(batches.epoch(0)):
+        seed_generators(derive(seed, number))
+        yield to_device(batch, device)
 
 
 def _measure(task: Task, loader: Iterator[Any], device: torch.device) -> dict[str, Any]:
@@ -192,21 +206,21 @@ def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContex
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
-def _advance(scheduler: Any, monitored: float | None) -> None:
+def _advance(scheduler: Any, run: Run) -> None:
+    """One step of the schedule; on a plateau, by the newest monitored value, which a resumed run knows too."""
     if not isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step()
-    elif monitored is not None:
+    elif (monitored := run.latest().get(run.settings.monitor or "")) is not None:
         scheduler.step(monitored)
 
 
-def _monitored(metrics: Mapping[str, float], monitor: str | None) -> float | None:
+def _check_monitored(metrics: Mapping[str, float], monitor: str | None) -> None:
     if monitor is not None and monitor not in metrics and not monitor.startswith("train/"):
         raise UsageError(
             f"the monitored metric {monitor!r} is never logged",
             expected=f"one of {', '.join(sorted(metrics))}",
             try_next=f"--monitor {min(metrics, default='val/loss')}",
         )
-    return metrics.get(monitor or "")
 
 
 def _stateful_metrics(task: Task) -> dict[str, Any]:
@@ -243,15 +257,6 @@ def choose_device(name: str) -> torch.device:
             try_next="--device cpu",
         ) from None
     return device
-
-
-def not_finite(run: Run, value: float) -> LossNotFinite:
-    """The error for a training loss that is no number any more."""
-    return LossNotFinite(
-        f"the training loss is {value} at step {run.step} (epoch {run.epoch})",
-        expected="a finite number",
-        try_next=f"python -m tracked.run resume {run.id} lr=… with a smaller learning rate, from the last checkpoint",
-    )
 
 
 class _Mean:

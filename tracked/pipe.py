@@ -239,6 +239,12 @@ class Pipe:
         if said.get("run_id") and "id" not in self._told:
             self._told.add("id")
             self._progress.identify(said["run_id"], said.get("url", ""))
+        if trouble := said.get("trouble"):
+            self._tell_once(
+                f"trouble {trouble}",
+                f"nothing is delivered at the moment: {trouble}\n"
+                "  the training goes on, and what it logs waits in the spool",
+            )
         if said.get("rejected"):
             self._tell_once("rejected", f"the server found a record invalid: {said.get('rejected_reason')}")
         beside(said)

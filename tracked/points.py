@@ -41,7 +41,8 @@ class PointLog:
         self._replay = dict(replay or {})
         self.replayed_equal = 0
         self.diverged: Divergence | None = None
-        self.drained = 0
+        self.must_be_finite: set[str] = set()
+        self.not_finite: tuple[int, float] | None = None
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Take values for `step`: numbers or tensors with one element, read now (on CUDA: copied now).
@@ -80,7 +81,9 @@ class PointLog:
         taken = self._buffer[:count]
         del self._buffer[:count]
         points = _fetched(taken)
-        self.drained += len(points)
+        for key, step, _, value in points if self.must_be_finite else ():
+            if key in self.must_be_finite and self.not_finite is None and not math.isfinite(value):
+                self.not_finite = (step, value)
         return [point for point in points if not self._stands(point)] if self._replay else points
 
     def _stands(self, point: tuple[str, int, int, float]) -> bool:

@@ -11,6 +11,7 @@ Whatever a server answers, short of finding a record invalid, the queue is held 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from tracked.errors import (
     CheckpointError,
     RecordRejected,
     ServerError,
+    ServerRefused,
     ServerUnavailable,
     TrackedError,
 )
@@ -48,7 +50,6 @@ if TYPE_CHECKING:
 
 POINTS_IN_A_REQUEST = 1000
 POLL_SECONDS = 0.05
-IDLE_SECONDS = 60.0
 LEASE_SECONDS = 10.0
 LONGEST_BACK_OFF = 5.0
 
@@ -58,10 +59,21 @@ def heartbeat_seconds() -> float:
     return float(os.environ.get("TRACKED_HEARTBEAT", "3"))
 
 
+def idle_seconds() -> float:
+    """How long a sender stays without work: `TRACKED_SENDER_IDLE`, else 60 s."""
+    return float(os.environ.get("TRACKED_SENDER_IDLE", "60"))
+
+
+_started: dict[Path, subprocess.Popen[bytes]] = {}
+
+
 def ensure(outbox: Outbox, tracking_uri: str) -> None:
     """Start a sender for `outbox` unless one is alive. Returns at once."""
     if is_held(outbox.sender_lock):
         return
+    started = _started.get(outbox.path)
+    if started is not None and started.poll() is None:
+        return  # on its way to the lock; who waits asks twenty times a second
     package = str(Path(__file__).parent.parent)
     environment = {
         **os.environ,
@@ -70,7 +82,7 @@ def ensure(outbox: Outbox, tracking_uri: str) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
     }
     with (outbox.path / "sender.log").open("ab") as log:
-        subprocess.Popen(
+        _started[outbox.path] = subprocess.Popen(
             [sys.executable, "-m", "tracked.sender", str(outbox.path)],
             env=environment,
             cwd=outbox.path,
@@ -126,6 +138,14 @@ class Delivery:
             self._start = self._read_start()
             if not self._start:
                 return False
+            # From here on `run.json` speaks of this attempt, also while the server cannot be reached.
+            self.tell(
+                attempt=self._start["attempt"],
+                points=self.reader.acknowledged,
+                superseded=False,
+                command="",
+                trouble="",
+            )
         if self._start["run_id"]:
             self.view = self.server.get_run(self._start["run_id"])
             if self._has_lease():
@@ -147,9 +167,7 @@ class Delivery:
             run_id=self.view.run_id,
             experiment_id=self.view.experiment_id,
             url=self.server.url(self.view),
-            attempt=self._start["attempt"],
-            points=self.reader.acknowledged,
-            superseded=False,
+            superseded=self.superseded,
             trouble="",
         )
         return True
@@ -284,8 +302,8 @@ class Delivery:
             else:
                 self._files_seen = record.end
                 continue
-            self._files_seen = record.end
             self.reader.acknowledge("files", record.end)
+            self._files_seen = record.end
             self.tell(trouble="")
             return True
         if self._files_seen.segment > self.reader.cursor("files").segment:
@@ -321,6 +339,8 @@ class Delivery:
                     f"the server holds {found} of {body['bytes']} bytes of {directory}/checkpoint.pt"
                 )
             self._uploaded = end
+            if not self.is_open():
+                return False  # an upload may outlast the lease, and its pointer would undo a newer attempt's
         if self.reader.cursor("points") < end:
             return False
         reach("sender.before-tag")
@@ -387,7 +407,7 @@ class Sender:
         self._leaving = threading.Event()
 
     def serve(self) -> None:
-        """Run the three threads until the outbox has been empty for a minute."""
+        """Run the three threads until the outbox has been empty for a while."""
         threads = [
             threading.Thread(target=self._work, args=(Delivery.send_points,), name="points", daemon=True),
             threading.Thread(target=self._work, args=(Delivery.send_file,), name="files", daemon=True),
@@ -396,8 +416,8 @@ class Sender:
         for thread in threads:
             thread.start()
         idle_since = time.monotonic()
-        while time.monotonic() - idle_since < IDLE_SECONDS and all(thread.is_alive() for thread in threads):
-            if not self.lock.is_in_place():
+        while time.monotonic() - idle_since < idle_seconds() and all(each.is_alive() for each in threads):
+            if self._leaving.is_set() or not self.lock.is_in_place():
                 break  # the spool was deleted, and whatever stands there now has a sender of its own
             self._look_for_journals()
             self._close_done()
@@ -423,35 +443,45 @@ class Sender:
         for delivery in self._current():
             try:
                 done = delivery.close_if_done()
-            except TrackedError:
+            except (TrackedError, OSError):
                 continue  # the lanes meet the same trouble, tell of it and wait
             if done:
                 with self._lock:
                     del self.deliveries[delivery.folder]
 
     def _work(self, send: Callable[[Delivery], bool]) -> None:
-        """Serve all journals fairly, one request each in turn."""
-        back_off = 0.0
+        """Serve all journals fairly, one request each in turn; one in trouble waits without the others."""
+        waits: dict[Path, tuple[float, float]] = {}
         while not self._leaving.is_set():
             moved = False
             for delivery in self._current():
+                due, back_off = waits.get(delivery.folder, (0.0, 0.0))
+                if time.monotonic() < due:
+                    continue
                 try:
                     moved = send(delivery) or moved
-                except TrackedError as error:
+                    waits.pop(delivery.folder, None)
+                except (TrackedError, OSError) as error:
                     back_off = min(max(back_off * 2, 0.2), LONGEST_BACK_OFF)
-                    delivery.tell(trouble=redact(error.found)[:300])
-                    self._leaving.wait(back_off)
-                else:
-                    back_off = 0.0
+                    waits[delivery.folder] = (time.monotonic() + back_off, back_off)
+                    self._take_note(delivery, error)
             if not moved:
                 self._leaving.wait(POLL_SECONDS)
+
+    def _take_note(self, delivery: Delivery, error: Exception) -> None:
+        text = error.found if isinstance(error, TrackedError) else str(error)
+        with contextlib.suppress(OSError):  # a disk that is full, or a folder that is gone
+            delivery.tell(trouble=redact(text)[:300])
+        if isinstance(error, ServerRefused) and not any(each.reader.is_written() for each in self._current()):
+            # The credentials came with the environment: the next `sync` or `resume` may bring better ones.
+            self._leaving.set()
 
     def _beat(self) -> None:
         while not self._leaving.wait(heartbeat_seconds()):
             for delivery in self._current():
                 try:
                     delivery.beat()
-                except TrackedError:
+                except (TrackedError, OSError):
                     continue  # the lease runs out by itself, and the lanes tell of the trouble
 
 
@@ -463,11 +493,7 @@ def _boot_seconds() -> float:
 def main() -> None:
     outbox = Outbox(Path(sys.argv[1]))
     lock = Lock(outbox.sender_lock)
-    for _ in range(20):
-        if lock.acquire({"started": time.time()}):
-            break
-        time.sleep(0.05)  # somebody who asks whether the lock is held has it for a moment
-    else:
+    if not lock.acquire({"started": time.time()}):
         return
     os.nice(10)  # the training goes first
     from tracked.server import Server  # MLflow: seconds to import, so only by the one sender there is

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from tracked.errors import SpoolError
 from tracked.provenance import boot_id, host_name
 
 _held_here: set[str] = set()
+_TRIES = 5
 
 
 class Lock:
@@ -52,13 +54,18 @@ class Lock:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise unusable(self.path, error) from error
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(fd)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+        for remaining in reversed(range(_TRIES)):
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    os.close(fd)
+                    raise unusable(self.path, error) from error
+            if not remaining:
+                os.close(fd)
                 return False
-            raise unusable(self.path, error) from error
+            time.sleep(0.01)  # `is_held` has the lock for a moment, when somebody asks
         os.ftruncate(fd, 0)
         os.write(fd, json.dumps({"pid": os.getpid(), **(about or {})}).encode())
         self._fd = fd

@@ -50,6 +50,15 @@ class Paused(SystemExit):
         self.reason = reason
 
 
+def not_finite(step: int, value: float) -> LossNotFinite:
+    """The error for a training loss that is no number any more."""
+    return LossNotFinite(
+        f"the training loss is {value} at step {step}",
+        expected="a finite number",
+        try_next="`train` again with a smaller learning rate (lr=…) or clip_norm; what was logged is kept",
+    )
+
+
 class Run:
     """One run, as its training sees it.
 
@@ -295,6 +304,10 @@ class Run:
         if monitor is not None and monitor in values:
             self.judge(float(values[monitor]))
 
+    def require_finite(self, key: str) -> None:
+        """Fail the run when a NaN or an infinity has been logged under `key`, also where reading it is deferred."""
+        self._pipe.points.must_be_finite.add(key)
+
     def judge(self, value: float) -> None:
         """Take the monitored value of an evaluation: a new best is saved, and patience may end the loop.
 
@@ -306,7 +319,7 @@ class Run:
             raise LossNotFinite(
                 f"the monitored metric {self.settings.monitor!r} is NaN at step {self.step}",
                 expected="a number",
-                try_next=f"python -m tracked.run fork {self.id} with a smaller learning rate",
+                try_next="a new run with a smaller learning rate",
             )
         if verdict == "patience":
             self._ends_after_step = (
@@ -371,6 +384,11 @@ class Run:
         self._attempt.lock.release()
         self.undelivered = self._pipe.drain(self._drain_timeout, self._beside)
         self.progress.close()
+        if self.undelivered:
+            self.progress.warn(
+                f"{self.undelivered} points are not delivered yet{f' ({why})' if (why := self.trouble()) else ''}\n"
+                "  try: python -m tracked.run sync"
+            )
         return self.undelivered
 
     def __enter__(self) -> Self:
@@ -441,6 +459,8 @@ class Run:
 
     def _end_step(self) -> None:
         self.step_ended = True
+        if self._pipe.points.not_finite is not None:
+            raise not_finite(*self._pipe.points.not_finite)
         epoch_ended = self._epoch_ends
         if epoch_ended:
             self.epochs_done, self._batch = self.epochs_done + 1, 0
