@@ -49,7 +49,9 @@ def write_torch_file(
         for key, offset, size in storages:
             with archive.open(_member(file, f"data/{key}", size), "w") as member:
                 for start in range(offset, offset + size, _CHUNK):
-                    member.write(buffer[start : min(start + _CHUNK, offset + size)])
+                    # Released at once: a slice that an error keeps alive would keep the memory from being unmapped.
+                    with buffer[start : min(start + _CHUNK, offset + size)] as chunk:
+                        member.write(chunk)
         archive.writestr(_member(file, "version", 2), "3\n")
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tracked import sender, spool
 from tracked.address import redact
-from tracked.checkpoint import FILE, folder_name, load, step_of
+from tracked.checkpoint import load
 from tracked.errors import (
     CheckpointError,
     NoSuchRun,
@@ -31,13 +31,17 @@ from tracked.names import (
     ATTEMPT,
     CHECKPOINT,
     COMMAND,
+    FILE,
     HANDLE,
     HEARTBEAT,
     HOLDER,
+    RUN_KEY,
     STATE,
     STOP_REASON,
     attempt_param,
+    folder_name,
     newest_attempt,
+    step_of,
 )
 from tracked.pipe import Attempt
 from tracked.place import Place
@@ -61,7 +65,7 @@ def begin(
     folder = outbox.run(handle)
     folder.make()
     lock = Lock(folder.lock)
-    lock.acquire(_holder())
+    lock.acquire({**_holder(), "key": tags.get(RUN_KEY, "")})
     start = {
         "run_id": None,
         "experiment": experiment,
@@ -101,9 +105,9 @@ def take_over(
     from tracked.server import Server
 
     server = Server(place.tracking_uri, create=False)
-    ask = _Asking(say, patience)
+    ask = Asking(say, patience)
     outbox = place.start_sender()
-    _drain(place, local_runs(place, word), say)
+    drain(place, local_runs(place, word), say)
     view = ask(lambda: find_run(server, word))
     handle = view.tags.get(HANDLE)
     if handle is None or not re.fullmatch(r"[0-9a-f]{32}", handle):
@@ -119,7 +123,7 @@ def take_over(
         raise _taken(view.run_id, read_json(folder.lock).get("holder", "a process on this machine"))
     try:
         local = [each for box in spool.outboxes(place.spool) for each in box.runs() if each.handle == handle]
-        _drain(place, local, say)
+        drain(place, local, say)
         view = ask(lambda: _free(server, view.run_id, say))
         before_claim(view)
         if pointed(view) is None:
@@ -187,7 +191,7 @@ def local_runs(place: Place, word: str) -> list[RunFolder]:
     ]
 
 
-def _drain(place: Place, runs: list[RunFolder], say: Say, *, patience: float = 600.0) -> None:
+def drain(place: Place, runs: list[RunFolder], say: Say, *, patience: float = 600.0) -> None:
     """Wait until nothing of these runs is left to deliver, original timestamps and all."""
     for run in runs:
         outbox = Outbox(run.path.parent.parent)
@@ -329,7 +333,7 @@ def _beyond(server: Server, view: RunView, step: int) -> Replay:
     }
 
 
-class _Asking:
+class Asking:
     """Asks a server that may be away for a moment, for as long as a user would wait."""
 
     def __init__(self, say: Say, patience: float) -> None:

@@ -27,9 +27,9 @@ import torch
 
 from tracked.archive import HEADER, digest
 from tracked.errors import CheckpointError
+from tracked.names import FILE
 from tracked.spool import read_json
 
-FILE = "checkpoint.pt"
 _ALIGNMENT = 64
 # What `torch.load(weights_only=True)` builds without being told to trust more.
 _LOADABLE = (
@@ -44,16 +44,6 @@ _LOADABLE = (
 )
 # Classes that a pickle of these refers to by name; any other class would be refused when it is loaded.
 _LOADABLE_CLASSES = (OrderedDict, Counter, set, bytearray)
-
-
-def folder_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def step_of(name: str) -> int | None:
-    """The step in a folder name such as `step-00000938`; None for any other name."""
-    digits = name.removeprefix("step-")
-    return int(digits) if name == f"step-{digits}" and digits.isdigit() and len(digits) >= 8 else None
 
 
 class _StatePickler(pickle.Pickler):
@@ -348,9 +338,10 @@ def load(path: Path, sha256: str | None = None) -> dict[str, Any]:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - a damaged pickle is a program: what it raises is anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         raise CheckpointError(
-            f"the checkpoint at {path} cannot be loaded as plain data: {str(error).splitlines()[0][:200]}",
+            f"the checkpoint at {path} cannot be loaded as plain data: {reason}",
             expected="a torch file of tensors and plain values; code in it is never run",
         ) from error
     if not isinstance(state, dict) or "step" not in state:

@@ -71,6 +71,11 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
+def _note(text: str) -> None:
+    """What goes beside a command's own output."""
+    click.echo(text, err=True)
+
+
 # -- options
 
 
@@ -190,6 +195,7 @@ def _request(options: dict[str, Any], overrides: tuple[str, ...]) -> Request:
         overrides=list(overrides),
         experiment_name=options.get("experiment_name"),
         run_name=options.get("run_name"),
+        run_key=options.get("run_key"),
         config=options.get("config"),
         file=options.get("file"),
         progress=Bar(show=not options["no_progress"], run_id_file=options["run_id_file"]),
@@ -288,6 +294,12 @@ def _summary(run: Run) -> list[str]:
 @click.option("--check", is_flag=True, help="A few steps, save, reload, compare bitwise, leave.")
 @click.option("--experiment-name", metavar="NAME", help="MLflow's experiment (default: the file's name).")
 @click.option("--run-name", metavar="NAME", help="The run's name in MLflow.")
+@click.option(
+    "--run-key",
+    metavar="KEY",
+    help="The same line started again goes on with this key's unfinished run. "
+    "Default: from a Slurm array or an indexed Kubernetes job.",
+)
 @click.option("--config", type=click.Path(path_type=Path), help="A YAML file of hyperparameters.")
 @_loop
 @_how
@@ -305,6 +317,7 @@ def train(
     request = _request(options, overrides)
     from tracked import training
 
+    request.run_key = request.run_key or training.default_run_key()
     _carry_out(lambda: training.train(experiment, request), as_json=as_json)
 
 
@@ -361,7 +374,9 @@ def _resume_command(run: str, command: list[str], options: dict[str, Any]) -> No
 
 @main.command("list")
 @click.option("--experiment", metavar="NAME", help="Only runs of this experiment.")
-@click.option("--limit", type=int, default=20, show_default=True, help="How many, newest first.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=20, show_default=True, help="How many, newest first."
+)
 @_as_json
 @_where
 def list_(
@@ -371,7 +386,7 @@ def list_(
     from tracked import inspection
 
     place = _place(tracking_uri, spool_dir)
-    found = inspection.listing(place, experiment, limit)
+    found = inspection.listing(place, experiment, limit, _note)
     if as_json:
         click.echo(json.dumps([each.as_json() for each in found]))
     elif found:
@@ -388,7 +403,7 @@ def show(run: str, tracking_uri: str | None, spool_dir: str | None, *, as_json: 
     """Show one run: state, params, metrics, checkpoints."""
     from tracked import inspection
 
-    found = inspection.look(_place(tracking_uri, spool_dir), run)
+    found = inspection.look(_place(tracking_uri, spool_dir), run, _note)
     click.echo(json.dumps(found.as_json()) if as_json else inspection.page(found))
 
 
@@ -400,7 +415,7 @@ def verify(run: str, tracking_uri: str | None, spool_dir: str | None, *, as_json
     """Prove a run's history and checkpoints whole, or tell what is not."""
     from tracked import inspection
 
-    proof = inspection.verify(_place(tracking_uri, spool_dir), run)
+    proof = inspection.verify(_place(tracking_uri, spool_dir), run, _note)
     if as_json:
         click.echo(json.dumps({"run_id": proof.run_id, "whole": not proof.wrong, "wrong": proof.wrong}))
     else:
@@ -424,7 +439,7 @@ def sync(timeout: float, tracking_uri: str | None, spool_dir: str | None, *, as_
     """Deliver what the spool still holds."""
     from tracked import upkeep
 
-    left = upkeep.sync(_place(tracking_uri, spool_dir), timeout, lambda text: click.echo(text, err=True))
+    left = upkeep.sync(_place(tracking_uri, spool_dir), timeout, _note)
     if as_json:
         click.echo(json.dumps({"undelivered": left}))
     sys.exit(UNDELIVERED if left else FINISHED)
@@ -438,9 +453,7 @@ def gc(tracking_uri: str | None, spool_dir: str | None, *, dry_run: bool, as_jso
     """Free spool space and superseded checkpoints."""
     from tracked import upkeep
 
-    freed = upkeep.gc(
-        _place(tracking_uri, spool_dir), dry_run=dry_run, say=lambda text: click.echo(text, err=True)
-    )
+    freed = upkeep.gc(_place(tracking_uri, spool_dir), dry_run=dry_run, say=_note)
     if as_json:
         click.echo(json.dumps({"freed_bytes": freed}))
 

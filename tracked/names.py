@@ -33,6 +33,21 @@ SETTINGS = "mlflow.tracked.settings"
 RUN_KEY = "mlflow.tracked.run_key"
 EXACT = "mlflow.tracked.exact"
 
+# Checkpoints, in the spool and among a run's artifacts: checkpoints/step-00000938/checkpoint.pt
+FILE = "checkpoint.pt"
+MANIFEST = "manifest.json"
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step in a folder name such as `step-00000938`; None for any other name."""
+    digits = name.removeprefix("step-")
+    return int(digits) if name == f"step-{digits}" and digits.isdigit() and len(digits) >= 8 else None
+
+
 # A param can be written once, so it decides which of several newcomers has the attempt.
 _ATTEMPT_PARAM = "tracked.attempt."
 

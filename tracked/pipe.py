@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracked import sender, spool
-from tracked.checkpoint import FILE, Writer, folder_name, step_of
+from tracked.checkpoint import Writer
 from tracked.errors import SpoolError
 from tracked.journal import Journal
-from tracked.names import DIVERGED_AT, POINTS, STATE
+from tracked.names import DIVERGED_AT, FILE, POINTS, STATE, folder_name, step_of
 from tracked.points import PointLog, Replay
 from tracked.spool import Lock, Outbox, RunFolder
 

@@ -346,7 +346,7 @@ class Delivery:
         reach("sender.before-tag")
         pointer = {key: body[key] for key in ("step", "epoch", "path", "sha256", "bytes")}
         self.server.set_tags(run_id, {CHECKPOINT: json.dumps(pointer)})
-        self.tell(committed=body["step"])
+        self.tell(committed=body["step"], keep=body["keep"])
         reach("sender.before-prune")
         self._prune({*body["keep"], body["step"]})
         return True

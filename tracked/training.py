@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import tempfile
@@ -19,16 +20,16 @@ import torch
 
 from tracked import experiment as experiments
 from tracked import loop, params, provenance
-from tracked.attempts import begin, pointed, take_over
-from tracked.checkpoint import FILE, folder_name, load
+from tracked.attempts import Asking, begin, drain, pointed, take_over
+from tracked.checkpoint import load
 from tracked.errors import CheckpointError, UsageError
 from tracked.experiment import Experiment, Task
-from tracked.names import EXPERIMENT_FILE, OVERRIDE, SETTINGS, STATE
+from tracked.names import EXPERIMENT_FILE, FILE, OVERRIDE, RUN_KEY, SETTINGS, STATE, folder_name
 from tracked.pipe import Attempt, Progress
 from tracked.place import Place
 from tracked.schedule import Settings
 from tracked.seeding import derive, seed_generators
-from tracked.spool import Lock, Outbox, RunFolder
+from tracked.spool import Lock, Outbox, RunFolder, read_json
 from tracked.tracking import Paused, Run
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Request:
     overrides: list[str] = field(default_factory=list)
     experiment_name: str | None = None
     run_name: str | None = None
+    run_key: str | None = None
     config: Path | None = None
     file: Path | None = None
     progress: Progress = field(default_factory=Progress)
@@ -69,19 +71,31 @@ class Request:
 
 
 def train(path: Path, request: Request) -> Run:
-    """Train an experiment file as a new run, to its end.
+    """Train an experiment file as a new run, to its end; with a run key, go on with that key's run.
 
     Raises:
+        NothingLeft: The run of the key is complete, or was stopped.
         TrackedError: As its text says; what the user's own code raises comes through as it is.
     """
     experiment = experiments.load(path)
     values = experiment.make_params(request.overrides, request.config)
+    if request.run_key and (view := _run_of_key(request)):
+        state = view.tags.get(STATE)
+        if state in ("finished", "stopped_early", "stopped"):
+            raise NothingLeft(
+                view, f"run {view.run_id} of key {request.run_key!r} is {state}: nothing is left to do"
+            )
+        return resume(view.run_id, replace(request, file=path, settings={}, overrides=[]))
     about = experiments.describe(experiment)
     attempt = begin(
         request.place,
         experiment=request.experiment_name or experiment.path.stem,
         name=request.run_name,
-        tags={**provenance.mlflow_tags(provenance.collect()), EXPERIMENT_FILE: json.dumps(about)},
+        tags={
+            **provenance.mlflow_tags(provenance.collect()),
+            EXPERIMENT_FILE: json.dumps(about),
+            **({RUN_KEY: request.run_key} if request.run_key else {}),
+        },
         params=params.flatten(values),
     )
     attempt.about = about
@@ -93,6 +107,32 @@ def train(path: Path, request: Request) -> Run:
         run.log_artifact(experiment.path, "source")
         _carry_out(experiment, values, run)
     return run
+
+
+def _run_of_key(request: Request) -> RunView | None:
+    """The newest run of the request's key. Waits for the server: a second run would be worse than a delay."""
+    from tracked.server import Server
+
+    assert request.run_key is not None
+    for run in request.place.outbox().runs():
+        # A run that has not reached the server yet is known here alone.
+        if run.journals() and read_json(run.lock).get("key") == request.run_key:
+            drain(request.place, [run], request.progress.say)
+    server = Server(request.place.tracking_uri, create=False)
+    quoted = request.run_key.replace("'", "''")
+    ask = Asking(request.progress.say, math.inf)
+    found = ask(lambda: server.search(filter=f"tags.`{RUN_KEY}` = '{quoted}'", limit=1))
+    return found[0] if found else None
+
+
+def default_run_key() -> str | None:
+    """The key of a Slurm array's task or of an indexed Kubernetes job: the same when it is started again."""
+    environment = os.environ
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"slurm-{environment['SLURM_ARRAY_JOB_ID']}-{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
+    if "JOB_COMPLETION_INDEX" in environment and "JOB_NAME" in environment:
+        return f"job-{environment['JOB_NAME']}-{environment['JOB_COMPLETION_INDEX']}"
+    return None
 
 
 def resume(word: str, request: Request) -> Run:

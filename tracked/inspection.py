@@ -1,0 +1,691 @@
+"""What runs there are and how they stand: on the server, in this machine's spool, and proven whole or not."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracked import spool
+from tracked.address import redact
+from tracked.errors import (
+    CheckpointError,
+    RunNotFound,
+    RunNotResumable,
+    ServerError,
+    ServerUnavailable,
+)
+from tracked.journal import START, Reader
+from tracked.names import (
+    ATTEMPT,
+    CHECKPOINT,
+    DIVERGED_AT,
+    EXACT,
+    FILE,
+    HANDLE,
+    HEARTBEAT,
+    HOLDER,
+    MANIFEST,
+    OVERRIDE,
+    POINTS,
+    SETTINGS,
+    STATE,
+    STOP_REASON,
+    folder_name,
+    newest_attempt,
+    step_of,
+)
+from tracked.place import Place
+from tracked.spool import RunFolder, is_held, read_json
+
+if TYPE_CHECKING:
+    from tracked.server import RunView, Server
+
+Say = Callable[[str], None]
+
+LOST_AFTER_SECONDS = 60.0
+WAITING = "waiting for the server"
+OURS = f"tags.`{HANDLE}` LIKE '%'"
+_PATIENCE = 20.0  # seconds for an answer: nothing waits for these commands, and a history may be long
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in a line.
+
+    Attributes:
+        run_id: MLflow's ID; the local handle while the server has given none.
+        state: The true one, for people: a run that is marked as running may be lost.
+        started: In ms since the epoch; 0 if it is not known.
+        best, last: Of the monitored metric.
+        undelivered: Points and other records that wait in this machine's spool.
+    """
+
+    run_id: str
+    handle: str
+    state: str
+    experiment: str
+    name: str
+    epoch: int | None
+    step: int | None
+    monitor: str | None
+    best: float | None
+    last: float | None
+    started: int
+    undelivered: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint, and where it stands: "server", "spool" or both."""
+
+    step: int
+    bytes: int
+    where: list[str]
+    committed: bool
+
+
+@dataclass(frozen=True)
+class Details:
+    """All that is known of a run."""
+
+    summary: Summary
+    status: str
+    url: str
+    params: dict[str, str]
+    metrics: dict[str, tuple[int, float]]
+    checkpoints: list[Stored]
+    attempts: int
+    facts: dict[str, str] = field(default_factory=dict)
+    try_next: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        fields = asdict(self)
+        metrics = {key: {"step": step, "value": value} for key, (step, value) in self.metrics.items()}
+        return {**fields.pop("summary"), **fields, "metrics": metrics}
+
+
+@dataclass
+class Proof:
+    """What was checked of a run: lines that hold, and lines that do not."""
+
+    run_id: str
+    proven: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+# -- what the spool knows
+
+
+def undelivered(run: RunFolder) -> int:
+    """Points, and records of any other kind, that wait in the run's journals."""
+    return sum(waiting_in(journal) for journal in run.journals())
+
+
+def waiting_in(journal: Path) -> int:
+    """Points, and records of any other kind, that wait in a journal."""
+    reader = Reader(journal, ("points", "files"))
+    count = 0
+    for record in reader.records("points"):
+        if record.kind == "points":
+            count += len(record.body)
+        elif record.kind in ("params", "tags", "damaged"):
+            count += 1
+    return count + sum(record.kind in ("artifact", "checkpoint", "end") for record in reader.records("files"))
+
+
+def is_trained(run: RunFolder) -> bool:
+    """Whether a living process on this machine trains the run."""
+    return is_held(run.lock) or any(is_held(journal / "lock") for journal in run.journals())
+
+
+def folders(place: Place) -> dict[str, list[RunFolder]]:
+    """What this machine keeps of the place's runs, by handle; of earlier boots too."""
+    found: dict[str, list[RunFolder]] = {}
+    for outbox in spool.outboxes(place.spool):
+        if outbox.tracking_uri == redact(place.tracking_uri):
+            for run in outbox.runs():
+                found.setdefault(run.handle, []).append(run)
+    return found
+
+
+def _as_view(run: RunFolder) -> RunView:
+    """The run as its journal and checkpoints show it, for when the server cannot."""
+    from tracked.server import Latest, RunView
+
+    about = run.about
+    start: dict[str, Any] = {}
+    params: dict[str, str] = {}
+    tags: dict[str, str] = {HANDLE: run.handle}
+    latest: dict[str, Latest] = {}
+    for folder in sorted(run.checkpoints.glob("step-*")):
+        manifest = read_json(folder / MANIFEST)
+        for key, value in manifest.get("metrics", {}).items():
+            latest[key] = Latest(manifest["step"], 0, value)
+    for journal in run.journals():
+        for record in Reader(journal, ("points", "files")).records("points", START):
+            if record.kind == "start":
+                start = record.body
+                tags |= start["tags"]
+            elif record.kind == "params":
+                params |= record.body
+            elif record.kind == "tags":
+                tags |= record.body
+            elif record.kind == "points":
+                latest |= {key: Latest(step, time_ms, value) for key, step, time_ms, value in record.body}
+        start = start or read_json(journal / "start.json")
+    if "state" in about and not run.journals():
+        tags[STATE] = about["state"]
+    return RunView(
+        run_id=about.get("run_id") or start.get("run_id") or "",
+        experiment_id=about.get("experiment_id", ""),
+        name=start.get("name") or "",
+        status="",
+        start_time=start.get("start_time", 0),
+        end_time=None,
+        artifact_uri="",
+        experiment_name=start.get("experiment"),
+        params=params,
+        tags=tags,
+        latest=latest,
+    )
+
+
+# -- the true state
+
+
+def true_state(view: RunView, local: Sequence[RunFolder]) -> str:
+    """How the run stands, from what the server shows and what this machine sees."""
+    if any(is_trained(run) for run in local):
+        return "running"
+    if any(run.journals() for run in local):
+        return "draining" if view.run_id else WAITING
+    state = view.tags.get(STATE) or view.status.lower() or "unknown"
+    if state != "running":
+        return state
+    heard = int(view.tags.get(HEARTBEAT, "0")) or view.start_time
+    silent = time.time() - heard / 1000
+    return state if silent < LOST_AFTER_SECONDS else f"lost (last heard {_ago(silent)} ago)"
+
+
+def _summary(view: RunView, local: Sequence[RunFolder], best: float | None) -> Summary:
+    settings = object_in(view.tags.get(SETTINGS))
+    pointer = object_in(view.tags.get(CHECKPOINT))
+    monitor = settings.get("monitor")
+    last = view.latest.get(monitor) if monitor else None
+    epoch = view.latest.get("epoch")
+    steps = [latest.step for latest in view.latest.values()]
+    return Summary(
+        run_id=view.run_id or view.tags[HANDLE],
+        handle=view.tags.get(HANDLE, ""),
+        state=true_state(view, local),
+        experiment=view.experiment_name or "",
+        name=view.name,
+        epoch=int(epoch.value) if epoch else pointer.get("epoch"),
+        step=max(steps, default=pointer.get("step")),
+        monitor=monitor,
+        best=best,
+        last=last.value if last else None,
+        started=view.start_time,
+        undelivered=sum(undelivered(run) for run in local),
+    )
+
+
+def _best(server: Server, view: RunView) -> float | None:
+    settings = object_in(view.tags.get(SETTINGS))
+    monitor = settings.get("monitor")
+    if monitor not in view.latest:
+        return None
+    values = [value for _, _, value in server.history(view.run_id, monitor)]
+    return max(values) if settings.get("mode") == "max" else min(values)
+
+
+# -- list
+
+
+def listing(place: Place, experiment: str | None, limit: int, say: Say) -> list[Summary]:
+    """The runs of this package, newest first.
+
+    Args:
+        place: The server, and the spool, which may hold runs that the server has not seen.
+        experiment: Only runs of this experiment.
+        limit: How many at most.
+        say: Told when the server cannot be asked, and only the spool's runs are listed.
+
+    Raises:
+        ServerError: The server does not answer, and the spool knows no run either.
+    """
+    from tracked.server import Server
+
+    local = folders(place)
+    server = Server(place.tracking_uri, create=False)
+    try:
+        views = server.search(experiment=experiment, filter=OURS, limit=limit)
+        found = [_summary(view, local.get(view.tags[HANDLE], []), _best(server, view)) for view in views]
+        known = {each.handle for each in found}
+        unseen = [
+            handle for handle in local if handle not in known and not _run_id(local[handle])
+        ]  # one that has an ID and is not in the answer is older, or deleted
+    except ServerError as error:
+        if not local:
+            raise
+        say(f"{error.found}; this is what the spool of this machine knows")
+        found, unseen = [], list(local)
+    for handle in unseen:
+        view = _as_view(local[handle][-1])
+        if experiment in (None, view.experiment_name):
+            found.append(_summary(view, local[handle], None))
+    return sorted(found, key=lambda each: -each.started)[:limit]
+
+
+def table(runs: Sequence[Summary]) -> str:
+    """Runs as aligned text; IDs cut to 8 characters, or as many more as make them differ."""
+    width = 8
+    while width < 32 and len({run.run_id[:width] for run in runs}) < len(runs):
+        width += 1
+    rows = [("run", "state", "experiment", "name", "epoch", "step", "best", "last", "age", "undelivered")]
+    for run in runs:
+        age = _ago(time.time() - run.started / 1000) if run.started else ""
+        rows.append(
+            (
+                run.run_id[:width],
+                run.state,
+                run.experiment,
+                run.name,
+                _count(run.epoch),
+                _count(run.step),
+                f"{run.monitor} {run.best:.4g}" if run.best is not None else "",
+                _shown(run.last),
+                age,
+                str(run.undelivered) if run.undelivered else "",
+            )
+        )
+    filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in filled]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in zip(*filled, strict=True)
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# -- show
+
+
+def look(place: Place, word: str, say: Say) -> Details:
+    """All that is known of one run, on the server or only in the spool.
+
+    Args:
+        place: Where the run stands.
+        word: ID, unique prefix of an ID, local handle, name, or `last`.
+        say: Told when the server cannot be asked.
+
+    Raises:
+        RunNotFound: There is no such run, or several.
+        ServerError: The server does not answer, and the spool does not know the run.
+    """
+    from tracked.server import Server
+
+    server = Server(place.tracking_uri, create=False)
+    view, local = find(server, place, word, say)
+    best, on_server = None, {}
+    if view.status:
+        best = _best(server, view)
+        on_server = {
+            step: server.sizes(view.run_id, f"checkpoints/{name}").get(FILE, 0)
+            for name in server.directories(view.run_id, "checkpoints")
+            if (step := step_of(name)) is not None
+        }
+    in_spool = {
+        step: (path / FILE).stat().st_size
+        for run in local
+        for path in run.checkpoints.glob("step-*")
+        if (step := step_of(path.name)) is not None and (path / FILE).is_file()
+    }
+    committed = object_in(view.tags.get(CHECKPOINT)).get("step", -1)
+    checkpoints = [
+        Stored(
+            step=step,
+            bytes=on_server.get(step) or in_spool.get(step, 0),
+            where=[name for name, held in (("server", on_server), ("spool", in_spool)) if step in held],
+            committed=step <= committed and step in on_server,
+        )
+        for step in sorted({*on_server, *in_spool})
+    ]
+    summary = _summary(view, local, best)
+    facts = {
+        "held by": view.tags.get(HOLDER, "") if summary.state == "running" else "",
+        "stopped because": view.tags.get(STOP_REASON, ""),
+        "diverged at step": view.tags.get(DIVERGED_AT, ""),
+        "overridden": view.tags.get(OVERRIDE, ""),
+        "exact": view.tags.get(EXACT, ""),
+        "trouble": next((trouble for run in local if (trouble := run.about.get("trouble"))), ""),
+        "rejected": next((str(count) for run in local if (count := run.about.get("rejected"))), ""),
+    }
+    return Details(
+        summary=summary,
+        status=view.status,
+        url=server.url(view) if view.status else "",
+        params=view.params,
+        metrics={key: (latest.step, latest.value) for key, latest in view.latest.items()},
+        checkpoints=checkpoints,
+        attempts=max(newest_attempt(view.params)[0], int(view.tags.get(ATTEMPT, "1"))),
+        facts={name: text for name, text in facts.items() if text},
+        try_next=_try_next(summary, resumable=committed >= 0),
+    )
+
+
+def _try_next(run: Summary, *, resumable: bool) -> list[str]:
+    command = "python -m tracked.run"
+    if run.state == "running":
+        return []
+    if run.undelivered:
+        return [f"{command} sync"]
+    if run.state in ("finished", "stopped_early"):
+        return [f"{command} verify {run.run_id}"]
+    return [f"{command} resume {run.run_id}"] if resumable else []
+
+
+def page(run: Details) -> str:
+    """A run as text."""
+    summary = run.summary
+    facts = {
+        "run": summary.run_id,
+        "handle": summary.handle if summary.handle != summary.run_id else "",
+        "state": summary.state,
+        "experiment": summary.experiment,
+        "name": summary.name,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(summary.started / 1000))
+        if summary.started
+        else "",
+        "epoch": _count(summary.epoch),
+        "step": _count(summary.step),
+        "best": f"{summary.monitor} {summary.best:.6g}" if summary.best is not None else "",
+        "attempts": str(run.attempts),
+        "undelivered": str(summary.undelivered) if summary.undelivered else "",
+        **run.facts,
+        "address": run.url or "python -m tracked.run ui",
+    }
+    lines = [f"{name:<18}{text}" for name, text in facts.items() if text]
+    # The attempt's claim is a param only because a param can be written once.
+    params = {name: text for name, text in run.params.items() if not name.startswith("tracked.attempt.")}
+    own = {name: text for name, text in params.items() if not name.startswith("loop.")}
+    loop = {name: text for name, text in params.items() if name.startswith("loop.") and text != "None"}
+    for title, entries in (("params", own), ("loop", loop)):
+        if entries:
+            lines += [
+                "",
+                title,
+                *(f"  {name.removeprefix('loop.'):<26}{entries[name]}" for name in sorted(entries)),
+            ]
+    if run.metrics:
+        lines += ["", "metrics"]
+        lines += [
+            f"  {key:<26}{value:<14.6g}step {step}" for key, (step, value) in sorted(run.metrics.items())
+        ]
+    if run.checkpoints:
+        lines += ["", "checkpoints"]
+        for each in run.checkpoints:
+            standing = "committed" if each.committed else "not committed"
+            size, where = readable(each.bytes), " and ".join(each.where)
+            lines.append(f"  step {each.step:<10}{size:<12}{standing:<15}{where}")
+    lines += ["", *(f"next: {command}" for command in run.try_next)]
+    return "\n".join(lines).rstrip()
+
+
+# -- which run
+
+
+def find(server: Server, place: Place, word: str, say: Say) -> tuple[RunView, list[RunFolder]]:
+    """The run that `word` means, and what this machine keeps of it.
+
+    One that is seen in the spool alone has the status "".
+
+    Raises:
+        RunNotFound: There is no such run, or several.
+        ServerError: The server does not answer, and the spool does not know the run.
+    """
+    local = folders(place)
+    views: list[RunView] = []
+    trouble: ServerError | None = None
+    try:
+        views = server.search(filter=OURS, limit=1) if word == "last" else server.find(word)
+    except ServerError as error:
+        trouble = error
+    known = {view.tags.get(HANDLE) for view in views}
+    for handle, runs in local.items():
+        run_id = _run_id(runs)
+        # What has an ID is the server's to tell, as long as it answers.
+        if handle in known or (run_id and trouble is None):
+            continue
+        if word == "last" or (len(word) >= 4 and (handle.startswith(word) or run_id.startswith(word))):
+            views.append(_as_view(runs[-1]))
+    if word == "last":
+        views = sorted(views, key=lambda view: -view.start_time)[:1]
+    if len(views) > 1:
+        shown = ", ".join((view.run_id or view.tags[HANDLE])[:8] for view in views[:5])
+        raise RunNotFound(
+            f"{word!r} may mean {len(views)} runs: {shown}",
+            expected="an ID, or enough of its first characters",
+            try_next="python -m tracked.run list",
+        )
+    if not views:
+        if trouble is not None:
+            raise trouble
+        raise RunNotFound(
+            f"there is no run {word!r} on {server.place}",
+            expected="a run ID, at least 4 characters of one, a local handle, or `last`",
+            try_next="python -m tracked.run list",
+        )
+    if trouble is not None:
+        say(f"{trouble.found}; this is what the spool of this machine knows")
+    return views[0], local.get(views[0].tags.get(HANDLE, ""), [])
+
+
+def _run_id(runs: Sequence[RunFolder]) -> str:
+    return next((str(run_id) for run in runs if (run_id := run.about.get("run_id"))), "")
+
+
+# -- verify
+
+
+def verify(place: Place, word: str, say: Say) -> Proof:
+    """Check that the history is whole, each point once, and that the checkpoints are what they should be.
+
+    Of a run that is being trained, what is up to its committed checkpoint is checked.
+
+    Raises:
+        RunNotFound: There is no such run, or several.
+        RunNotResumable: It was not made by this package.
+        ServerError: The server does not answer.
+    """
+    from tracked.server import Server
+
+    server = Server(place.tracking_uri, timeout=_PATIENCE, create=False)
+    view, local = find(server, place, word, say)
+    if HANDLE not in view.tags:
+        raise RunNotResumable(
+            f"run {view.run_id} was not made by this package: it has no tag {HANDLE}",
+            expected="a run of `python -m tracked.run train`, or of tracked.start()",
+            try_next="python -m tracked.run list",
+        )
+    proof = Proof(view.run_id or view.tags[HANDLE])
+    running = true_state(view, local) == "running"
+    waiting = sum(undelivered(run) for run in local)
+    if running:
+        proof.proven.append("the run is being trained: checked up to its committed checkpoint")
+    elif waiting:
+        proof.wrong.append(f"{waiting} records wait in the spool; try: python -m tracked.run sync")
+    if not view.status:
+        proof.wrong.append("the server was not asked, or does not have the run yet")
+        return proof
+    _verify_rejected(local, proof)
+    histories = _verify_history(server, view, proof)
+    manifest = _verify_checkpoints(server, view, proof, running=running)
+    if manifest is not None:
+        _verify_counts(histories, manifest, proof)
+    state = view.tags.get(STATE)
+    if state in ("finished", "stopped_early") and POINTS in view.tags and not running:
+        total, logged = sum(map(len, histories.values())), int(view.tags[POINTS])
+        _note(
+            proof,
+            total == logged,
+            f"the training logged {logged} points, and so many are there",
+            f"the training logged {logged} points, and {total} are there",
+        )
+    return proof
+
+
+def _verify_rejected(local: Sequence[RunFolder], proof: Proof) -> None:
+    for run in local:
+        rejected = run.path / "rejected.jsonl"
+        if rejected.exists():
+            proof.wrong.append(
+                f"the server found {len(rejected.read_text().splitlines())} records invalid: {rejected}"
+            )
+
+
+def _verify_history(server: Server, view: RunView, proof: Proof) -> dict[str, list[int]]:
+    """The steps of each key, ascending."""
+    histories: dict[str, list[int]] = {}
+    twice = 0
+    for key in sorted(view.latest):
+        steps = [step for step, _, _ in server.history(view.run_id, key)]
+        repeated = sorted({step for step, following in pairwise(steps) if step == following})
+        if repeated:
+            twice += 1
+            shown = ", ".join(map(str, repeated[:5])) + (" …" if len(repeated) > 5 else "")
+            proof.wrong.append(f"{key} stands more than once at step {shown}")
+        histories[key] = steps
+    if not twice:
+        total = sum(map(len, histories.values()))
+        proof.proven.append(f"{total} points of {len(histories)} metrics, each (metric, step) once")
+    return histories
+
+
+def _verify_counts(histories: dict[str, list[int]], manifest: dict[str, Any], proof: Proof) -> None:
+    step, counts = manifest["step"], manifest.get("points", {})
+    found = {key: sum(at <= step for at in steps) for key, steps in histories.items()}
+    differing = [
+        f"{key}: {found.get(key, 0)} of {counts.get(key, 0)}"
+        for key in sorted({*counts, *(key for key, count in found.items() if count)})
+        if found.get(key, 0) != counts.get(key, 0)
+    ]
+    _note(
+        proof,
+        not differing,
+        f"all {sum(counts.values())} points up to step {step}, as the checkpoint counts them",
+        f"up to step {step} there are other points than the checkpoint counts: {'; '.join(differing)}",
+    )
+
+
+def _verify_checkpoints(
+    server: Server, view: RunView, proof: Proof, *, running: bool
+) -> dict[str, Any] | None:
+    """Download and check each; the manifest of the one that the tag names, if it is sound."""
+    pointer = object_in(view.tags.get(CHECKPOINT))
+    steps = sorted(
+        step for name in server.directories(view.run_id, "checkpoints") if (step := step_of(name)) is not None
+    )
+    committed = pointer.get("step")
+    if committed is None:
+        (proof.proven if running else proof.wrong).append("no checkpoint is committed")
+    elif committed not in steps:
+        proof.wrong.append(f"the tag names the checkpoint of step {committed}, which is not on the server")
+    named: dict[str, Any] | None = None
+    for step in steps:
+        if committed is None or step > committed:
+            proof.proven.append(f"checkpoint of step {step}: not committed, so resume does not use it")
+            continue
+        try:
+            manifest = _sound(server, view.run_id, step)
+        except ServerUnavailable:
+            raise
+        except CheckpointError as error:
+            # A training deletes what is superseded, also while this looks.
+            if not running or folder_name(step) in server.directories(view.run_id, "checkpoints"):
+                proof.wrong.append(f"checkpoint of step {step}: {error.found}")
+            continue
+        if step == committed:
+            named = manifest
+            if manifest["sha256"] != pointer.get("sha256") or manifest["bytes"] != pointer.get("bytes"):
+                proof.wrong.append(f"checkpoint of step {step}: whole, and not the one that the tag names")
+                continue
+        size = readable(manifest["bytes"])
+        tag = ", named by the tag" if step == committed else ""
+        proof.proven.append(
+            f"checkpoint of step {step}: {size}, SHA-256 as recorded, loads as plain data{tag}"
+        )
+    return named
+
+
+def _sound(server: Server, run_id: str, step: int) -> dict[str, Any]:
+    """The manifest of a checkpoint whose file is what it says.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    from tracked.checkpoint import load
+
+    with tempfile.TemporaryDirectory(prefix="tracked-verify-") as folder:
+        directory = f"checkpoints/{folder_name(step)}"
+        manifest = read_json(server.download(run_id, f"{directory}/{MANIFEST}", Path(folder) / MANIFEST))
+        if not isinstance(manifest.get("sha256"), str) or manifest.get("step") != step:
+            raise CheckpointError("its manifest cannot be read, or is another step's")
+        file = server.download(run_id, f"{directory}/{FILE}", Path(folder) / FILE)
+        size = file.stat().st_size
+        if size != manifest.get("bytes"):
+            raise CheckpointError(f"the file has {size} bytes instead of {manifest.get('bytes')}")
+        state = load(file, manifest["sha256"])
+        if state["step"] != step:
+            raise CheckpointError(f"the file holds step {state['step']}")
+    return manifest
+
+
+def _note(proof: Proof, holds: bool, so: str, otherwise: str) -> None:
+    (proof.proven if holds else proof.wrong).append(so if holds else otherwise)
+
+
+# -- words and numbers
+
+
+def readable(size: int) -> str:
+    """Bytes for people."""
+    number = float(size)
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def object_in(text: str | None) -> dict[str, Any]:
+    """The JSON object in a tag, which anybody may have written; empty if it is none."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
