@@ -22,6 +22,7 @@ from tracked import experiment as experiments
 from tracked import loop, params, provenance
 from tracked.attempts import Asking, begin, drain, pointed, take_over
 from tracked.checkpoint import load
+from tracked.deferred_compiler import defer_compiler
 from tracked.errors import CheckpointError, UsageError
 from tracked.experiment import Experiment, Task
 from tracked.names import EXPERIMENT_FILE, FILE, OVERRIDE, RUN_KEY, SETTINGS, STATE, folder_name
@@ -77,6 +78,7 @@ def train(path: Path, request: Request) -> Run:
         NothingLeft: The run of the key is complete, or was stopped.
         TrackedError: As its text says; what the user's own code raises comes through as it is.
     """
+    defer_compiler()
     experiment = experiments.load(path)
     values = experiment.make_params(request.overrides, request.config)
     if request.run_key and (view := _run_of_key(request)):
@@ -142,6 +144,7 @@ def resume(word: str, request: Request) -> Run:
         NothingLeft: It is complete.
         TrackedError: As its text says; what the user's own code raises comes through as it is.
     """
+    defer_compiler()
     found: list[tuple[Experiment, list[str]]] = []
 
     def prepare(view: RunView) -> None:
