@@ -361,6 +361,10 @@ class Run:
         """
         self._leave = self._leave or (state, reason)
 
+    def leave_at_once(self) -> None:
+        """Do not wait for the delivery at the end: the sender goes on by itself."""
+        self._drain_timeout = 0.0
+
     # -- the end
 
     def finish(self, state: str = "finished", reason: str = "") -> int:
@@ -405,7 +409,7 @@ class Run:
         elif isinstance(error, Paused):
             self.finish(error.state, error.reason)
         elif isinstance(error, KeyboardInterrupt):
-            self.finish("stopped", "interrupted")
+            self.finish("paused", "interrupted")
         elif isinstance(error, SystemExit) and error.code in (0, None):
             self.finish()
         else:
@@ -465,15 +469,21 @@ class Run:
         if epoch_ended:
             self.epochs_done, self._batch = self.epochs_done + 1, 0
             self._epoch_ends = False
-        ends = self.step == self.total_steps or bool(self._ends_after_step) or self._leave is not None
+        leave = self._leave  # may be set at any moment: what leaves has been saved
+        if leave is not None and leave[0] == "superseded":
+            raise RunTaken(
+                f"run {self.id} has been taken over by another process",
+                expected="one process for a run",
+                try_next=f"python -m tracked.run show {self.id}",
+            )
+        ends = self.step == self.total_steps or bool(self._ends_after_step) or leave is not None
         now = time.monotonic()
         due = self._due.is_due(step=self.step, epoch=self.epochs_done, epoch_ended=epoch_ended, now=now)
         if due or ends or self._improved or self._wants_checkpoint:
             self._due.last_time = now
             self._take_checkpoint(pinned=self._improved, wait=ends)
-        if self._leave is not None:
-            self._check_taken()
-            raise Paused(*self._leave)
+        if leave is not None:
+            raise Paused(*leave)
 
     def _take_checkpoint(self, *, pinned: bool = False, wait: bool = False) -> None:
         """Copy the state; everything else happens beside the training."""
@@ -543,14 +553,6 @@ class Run:
                 "the order of the samples is the same, the bits of the results may not be"
             )
             self.set_tags({EXACT: "false"})
-
-    def _check_taken(self) -> None:
-        if self._leave is not None and self._leave[0] == "superseded":
-            raise RunTaken(
-                f"run {self.id} has been taken over by another process",
-                expected="one process for a run",
-                try_next=f"python -m tracked.run show {self.id}",
-            )
 
     # -- beside the training
 

@@ -300,6 +300,7 @@ def leaving_on_signals(run: Run) -> Iterator[None]:
 
     def leave(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and run.should_stop:
+            run.leave_at_once()
             signal.default_int_handler(number, frame)
         name = signal.Signals(number).name
         run.request_leave("paused", name)
