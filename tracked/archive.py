@@ -7,7 +7,7 @@ training hands over the pickle and shared memory, and this process (`python -m t
 writes the file, syncs it, reads it back for its SHA-256, and renames it.
 
 Jobs come on standard input (a length, then JSON; the pickle behind it), answers leave on standard
-output, a line of JSON each. End of input ends the process.
+output, a line of JSON each. A job of no length, or the end of input, ends the process.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ def write_torch_file(
         for key, offset, size in storages:
             with archive.open(_member(file, f"data/{key}", size), "w") as member:
                 for start in range(offset, offset + size, _CHUNK):
-                    # Released at once: a slice that an error keeps alive would keep the memory from being unmapped.
-                    with buffer[start : min(start + _CHUNK, offset + size)] as chunk:
-                        member.write(chunk)
+                    # A copy: an error's traceback would keep a slice alive, and with it the memory mapped.
+                    member.write(bytes(buffer[start : min(start + _CHUNK, offset + size)]))
         archive.writestr(_member(file, "version", 2), "3\n")
 
 
@@ -109,6 +108,8 @@ def serve(slots: Sequence[int], jobs: IO[bytes], answers: IO[str]) -> None:
     """Write one checkpoint for each job until the jobs end."""
     while header := jobs.read(HEADER.size):
         length, pickle_length = HEADER.unpack(header)
+        if not length:
+            return
         job = json.loads(jobs.read(length))
         pickled = jobs.read(pickle_length)
         if len(pickled) < pickle_length:

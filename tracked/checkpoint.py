@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from tracked import children
 from tracked.archive import HEADER, digest
 from tracked.errors import CheckpointError
 from tracked.names import FILE
@@ -267,7 +268,7 @@ class Writer:
 
     def _start_process(self) -> subprocess.Popen[bytes]:
         fds = [slot.fd for slot in self._slots]
-        self._process = subprocess.Popen(
+        self._process = children.start(
             [sys.executable, "-m", "tracked.archive", *map(str, fds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -280,6 +281,9 @@ class Writer:
         if self._process is not None:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
+            with contextlib.suppress(OSError):
+                # Closing alone is no end: workers forked since then hold the pipe open too.
+                self._process.stdin.write(HEADER.pack(0, 0))
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
             self._process.stdout.close()
@@ -338,7 +342,7 @@ def load(path: Path, sha256: str | None = None) -> dict[str, Any]:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - a damaged pickle is a program: what it raises is anything
+    except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         raise CheckpointError(
             f"the checkpoint at {path} cannot be loaded as plain data: {reason}",

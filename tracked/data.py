@@ -137,7 +137,7 @@ class Batches:
         self._built = _source(dataset, collate)
         try:
             # Also where it is not used, because it refuses what it does not know.
-            loading = DataLoader(
+            loading: DataLoader[Any] = DataLoader(
                 self._built,  # type: ignore[arg-type]
                 batch_sampler=self._order,  # type: ignore[arg-type]
                 collate_fn=_as_is,

@@ -248,7 +248,9 @@ def load(path: str | Path) -> Experiment:
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         raise ExperimentError(
-            f"{path}{f':{line}' if line else ''}: {getattr(error, 'msg', error)}", expected="Python source"
+            f"{path}{f':{line}' if line else ''}: {getattr(error, 'msg', error)}",
+            expected="Python source",
+            try_next=f"python -m py_compile {path}",
         ) from error
     module = _execute(code, file, str(path))
     build, main, suggest = (getattr(module, name, None) for name in ("build", "main", "suggest"))
@@ -332,7 +334,7 @@ def _execute(code: types.CodeType, file: Path, shown: str) -> types.ModuleType:
             expected="a file that can be imported",
             try_next="put what only a script does under: if __name__ == '__main__'"
             if isinstance(error, SystemExit)
-            else "",
+            else f"python {shown}",
             user_traceback="".join(traceback.format_exception(type(error), error, own)),
         ) from error
     return module

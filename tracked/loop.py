@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tracked.data import Batches, size, to_device
 from tracked.errors import UsageError
 from tracked.experiment import Task
+from tracked.points import scalar
 from tracked.schedule import Due, Interval
 from tracked.seeding import derive, seed_generators
 from tracked.tracking import Run, not_finite
@@ -138,7 +139,8 @@ def evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
         )
         loader = _seeded(batches, device, seed)
         found = task.evaluate(task.model, loader) if task.evaluate else _measure(task, loader, device)
-        values |= {f"{name}/{key}": float(value) for key, value in found.items()}
+        named = {f"{name}/{key}": value for key, value in found.items()}
+        values |= {key: float(scalar(key, value)) for key, value in named.items()}
     for module in training:
         module.training = True
     return values
@@ -167,7 +169,8 @@ def _measure(task: Task, loader: Iterator[Any], device: torch.device) -> dict[st
         for metric in objects.values():
             metric.update(outputs, targets)
         for name, value in found.items():
-            exact = value.detach().double() if isinstance(value, torch.Tensor) else float(value)
+            number = scalar(name, value)
+            exact = number.double() if isinstance(number, torch.Tensor) else number
             sums[name] = sums.get(name, 0.0) + exact * weight
         total += float(weight)
     means = {name: value / total for name, value in sums.items()}

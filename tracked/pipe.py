@@ -118,9 +118,11 @@ class Pipe:
         attempt: Whose journal it is.
         retention: Which checkpoints stay.
         progress: Told of what the user should know.
+        patience: Seconds that `drain` waits; may be changed while it does.
     """
 
-    def __init__(self, attempt: Attempt, retention: Retention, progress: Progress) -> None:
+    def __init__(self, attempt: Attempt, retention: Retention, progress: Progress, patience: float) -> None:
+        self.patience = patience
         self.points = PointLog(attempt.replay)
         self.retention = retention
         self._attempt = attempt
@@ -291,12 +293,12 @@ class Pipe:
             except SpoolError as error:
                 self._progress.warn(str(error))
 
-    def drain(self, seconds: float, beside: Callable[[dict[str, Any]], None]) -> int:
-        """Wait until the closed journal is delivered; the number of points that are not, after `seconds`."""
-        deadline = time.monotonic() + seconds
+    def drain(self, beside: Callable[[dict[str, Any]], None]) -> int:
+        """Wait until the closed journal is delivered; the number of points that are not, after `patience`."""
+        began = time.monotonic()
         while self._attempt.delivers and self._journal.folder.exists():
             self._attempt.ensure_sender()
-            if time.monotonic() > deadline:
+            if time.monotonic() - began > self.patience:
                 return max(1, self.pending())
             self._listen(beside)
             time.sleep(0.05)

@@ -53,7 +53,7 @@ class PointLog:
         """
         now = int(time.time() * 1000)
         for key, value in values.items():
-            number = value if type(value) is float else _number(key, value)
+            number = value if type(value) is float else scalar(key, value)
             last = self._last.get(key)
             if last is None:
                 validate_key(key)
@@ -114,7 +114,12 @@ def same(a: float, b: float) -> bool:
     return a == b or (math.isnan(a) and math.isnan(b))
 
 
-def _number(key: str, value: Any) -> float | torch.Tensor:
+def scalar(key: str, value: Any) -> float | torch.Tensor:
+    """The one number that is to be logged under `key`; on CUDA still there, as a copy.
+
+    Raises:
+        MetricError: It is no number, or more than one.
+    """
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex():
             raise _no_scalar(key, f"a tensor of shape {tuple(value.shape)} and {value.dtype}")

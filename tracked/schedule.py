@@ -44,6 +44,7 @@ class Interval:
             raise UsageError(
                 f"the interval {text!r} cannot be read",
                 expected='a whole number of epochs or steps, or a time: "1 epoch", "200 steps", "5 min"',
+                try_next='"1 epoch"',
             )
         return cls(every, unit)
 
@@ -81,7 +82,11 @@ class Settings:
         ):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise UsageError(f"{name} is {value}", expected=f"{least} or more")
+                raise UsageError(
+                    f"{name} is {value}",
+                    expected=f"{least} or more",
+                    try_next=f"--{name.replace('_', '-')} {least}",
+                )
         if self.log_every != "auto" and self.log_every < 1:
             raise UsageError(f"log_every is {self.log_every}", expected="1 or more, or auto")
         if self.mode not in (None, "min", "max"):

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracked import children
 from tracked.address import redact
 from tracked.archive import digest
 from tracked.errors import (
@@ -82,7 +83,7 @@ def ensure(outbox: Outbox, tracking_uri: str) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
     }
     with (outbox.path / "sender.log").open("ab") as log:
-        _started[outbox.path] = subprocess.Popen(
+        _started[outbox.path] = children.start(
             [sys.executable, "-m", "tracked.sender", str(outbox.path)],
             env=environment,
             cwd=outbox.path,
@@ -106,6 +107,7 @@ class Delivery:
         self._start: dict[str, Any] = {}
         self._files_seen = self.reader.cursor("files")
         self._uploaded: Place | None = None
+        self._points_at_once = POINTS_IN_A_REQUEST
         self._ended = False
         self._lease_until = 0.0
         self._about_lock = threading.Lock()
@@ -226,7 +228,7 @@ class Delivery:
         end = self.reader.cursor("points")
         for record in self.reader.records("points"):
             if record.kind == "points":
-                if len(batch) + len(record.body) > POINTS_IN_A_REQUEST and batch:
+                if len(batch) + len(record.body) > self._points_at_once and batch:
                     break
                 batch += [(key, step, timestamp, value) for key, step, timestamp, value in record.body]
             elif record.kind in ("params", "tags", "damaged"):
@@ -239,7 +241,10 @@ class Delivery:
         if end == self.reader.cursor("points"):
             return False
         if batch:
+            # What a slow server could not store in time, it could never, if as much came again.
+            self._points_at_once = max(1, len(batch) // 2)
             self._send_batch(batch)
+            self._points_at_once = POINTS_IN_A_REQUEST
             reach("sender.before-acknowledge")
         self.reader.acknowledge("points", end, len(batch))
         self.tell(points=self.reader.acknowledged, trouble="")

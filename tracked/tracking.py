@@ -93,7 +93,6 @@ class Run:
         self.undelivered = 0
         self.metrics: dict[str, float] = {}
         self._attempt = attempt
-        self._drain_timeout = drain_timeout
         self._batch = 0
         self._epoch_ends = False
         self._parts = Parts()
@@ -106,7 +105,7 @@ class Run:
         self._due = Due([Interval.parse(text) for text in settings.checkpoint_every], time.monotonic())
         self._restored = attempt.restored
         retention = Retention(settings.keep_last, settings.keep_best, self.stopping.mode)
-        self._pipe = Pipe(attempt, retention, self.progress)
+        self._pipe = Pipe(attempt, retention, self.progress, drain_timeout)
         if self._restored is not None:
             self._continue(self._restored)
         self._pipe.open(self._beside)
@@ -137,6 +136,11 @@ class Run:
     def should_stop(self) -> bool:
         """Whether the loop will be left behind this step: paused, stopped, preempted, or out of patience."""
         return self._leave is not None or bool(self._ends_after_step)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the training has ended, and at most the delivery is waited for."""
+        return self._over
 
     @property
     def replayed_equal(self) -> int:
@@ -362,8 +366,8 @@ class Run:
         self._leave = self._leave or (state, reason)
 
     def leave_at_once(self) -> None:
-        """Do not wait for the delivery at the end: the sender goes on by itself."""
-        self._drain_timeout = 0.0
+        """Do not wait, or not any longer, for the delivery at the end: the sender goes on by itself."""
+        self._pipe.patience = 0.0
 
     # -- the end
 
@@ -386,7 +390,7 @@ class Run:
         self.last_state = state
         self.metrics = self.latest()
         self._attempt.lock.release()
-        self.undelivered = self._pipe.drain(self._drain_timeout, self._beside)
+        self.undelivered = self._pipe.drain(self._beside)
         self.progress.close()
         if self.undelivered:
             self.progress.warn(

@@ -285,7 +285,7 @@ def _refuse_beyond(attempt: Attempt, changes: list[str], word: str) -> None:
 def _until_over(run: Run) -> Iterator[None]:
     """Run the body with signals listened to, and end the run as the body ended."""
     try:
-        with run, leaving_on_signals(run):
+        with leaving_on_signals(run), run:
             yield
     except Paused:
         pass  # finished as paused or stopped; the caller reads the run's state
@@ -293,12 +293,18 @@ def _until_over(run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_on_signals(run: Run) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 checkpoint at the next step and leave; a second SIGINT leaves at once."""
+    """SIGINT, SIGTERM and SIGUSR1 checkpoint at the next step and leave; a second SIGINT leaves at once.
+
+    Once the training is over, any of them ends the wait for the delivery.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def leave(number: int, frame: FrameType | None) -> None:
+        if run.is_over:
+            run.leave_at_once()
+            return
         if number == signal.SIGINT and run.should_stop:
             run.leave_at_once()
             signal.default_int_handler(number, frame)
