@@ -30,14 +30,12 @@ from tracked.errors import (
 from tracked.names import (
     ATTEMPT,
     CHECKPOINT,
-    COMMAND,
     FILE,
     HANDLE,
     HEARTBEAT,
     HOLDER,
     RUN_KEY,
     STATE,
-    STOP_REASON,
     attempt_param,
     folder_name,
     newest_attempt,
@@ -218,19 +216,14 @@ def drain(place: Place, runs: list[RunFolder], say: Say, *, patience: float = 60
             time.sleep(0.05)
 
 
-def watch_seconds() -> float:
-    """How long a heartbeat must have stood still before its run may be taken: `TRACKED_WATCH`, else 30 s."""
-    return float(os.environ.get("TRACKED_WATCH", "30"))
-
-
 def _free(server: Server, run_id: str, say: Say) -> RunView:
     """The run, once nobody trains it: it has ended, or its heartbeat stands still on our own clock."""
     view = server.get_run(run_id)
-    seen, deadline = view.tags.get(HEARTBEAT), time.monotonic() + watch_seconds()
+    seen, deadline = view.tags.get(HEARTBEAT), time.monotonic() + sender.watch_seconds()
     if view.status == "RUNNING":
-        say(f"the run is marked as running; watching for {watch_seconds():g} s whether somebody trains it")
+        say(f"the run is marked as running; watching for {sender.watch_seconds():g} s whether somebody trains it")
     while view.status == "RUNNING" and time.monotonic() < deadline:
-        time.sleep(min(1.0, watch_seconds() / 4))
+        time.sleep(min(1.0, sender.watch_seconds() / 4))
         view = server.get_run(run_id)
         if view.tags.get(HEARTBEAT) != seen and view.status == "RUNNING":
             raise _taken(run_id, view.tags.get(HOLDER, "a process elsewhere"))
@@ -361,5 +354,4 @@ def _holder() -> dict[str, str]:
 
 
 def _running(attempt: int) -> dict[str, str]:
-    tags = {STATE: "running", ATTEMPT: str(attempt), HOLDER: host_and_process()}
-    return tags if attempt == 1 else {**tags, COMMAND: "", STOP_REASON: ""}
+    return {STATE: "running", ATTEMPT: str(attempt), HOLDER: host_and_process()}

@@ -51,13 +51,22 @@ if TYPE_CHECKING:
 
 POINTS_IN_A_REQUEST = 1000
 POLL_SECONDS = 0.05
-LEASE_SECONDS = 10.0
 LONGEST_BACK_OFF = 5.0
 
 
 def heartbeat_seconds() -> float:
     """How often a run's heartbeat is sent: `TRACKED_HEARTBEAT`, else 3 s."""
     return float(os.environ.get("TRACKED_HEARTBEAT", "3"))
+
+
+def watch_seconds() -> float:
+    """How long a heartbeat must have stood still before its run may be taken: `TRACKED_WATCH`, else 30 s."""
+    return float(os.environ.get("TRACKED_WATCH", "30"))
+
+
+def lease_seconds() -> float:
+    """How long a look at the run's newest attempt counts: less than a newcomer watches before it claims."""
+    return min(10.0, watch_seconds() / 3)
 
 
 def idle_seconds() -> float:
@@ -153,6 +162,7 @@ class Delivery:
             if self._has_lease():
                 self.server.set_status(self.view.run_id, "RUNNING")
                 self.server.set_tags(self.view.run_id, self._start["tags"])
+                self._drop_tags(COMMAND, STOP_REASON)
         else:
             tried = self.run.about.get("creating", False)
             self.tell(creating=True, handle=self.run.handle)
@@ -173,6 +183,13 @@ class Delivery:
             trouble="",
         )
         return True
+
+    def _drop_tags(self, *names: str) -> None:
+        """Take away what no longer holds: an empty tag would still show."""
+        assert self.view is not None
+        for name in names:
+            if name in self.view.tags:
+                self.server.drop_tag(self.view.run_id, name)
 
     def _read_start(self) -> dict[str, Any]:
         kept = self.folder / "start.json"  # the segment that began with it may be delivered and gone
@@ -204,7 +221,7 @@ class Delivery:
             self.superseded = True
             self.tell(superseded=True)
             return False
-        self._lease_until = asked + LEASE_SECONDS
+        self._lease_until = asked + lease_seconds()
         return True
 
     def beat(self) -> None:
@@ -359,14 +376,16 @@ class Delivery:
     def _prune(self, keep: set[int]) -> None:
         """Delete this run's superseded checkpoints on the server, and nothing else."""
         assert self.view is not None
+        newest = max(keep)
         for name in self.server.directories(self.view.run_id, "checkpoints"):
             digits = name.removeprefix("step-")
-            if name.startswith("step-") and digits.isdigit() and int(digits) not in keep:
+            if name.startswith("step-") and digits.isdigit() and int(digits) < newest and int(digits) not in keep:
                 self.server.delete(self.view.run_id, f"checkpoints/{name}")
 
     def _send_end(self, body: dict[str, Any]) -> None:
         assert self.view is not None
         self._ended = True  # no heartbeat may follow it
+        self._drop_tags(COMMAND)
         self.server.set_tags(self.view.run_id, body["tags"])
         self.server.set_status(self.view.run_id, body["status"], body["end_time"])
         self.tell(ended=self.folder.name, state=body["tags"][STATE])

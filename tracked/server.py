@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import requests
 from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
-from mlflow.entities import LifecycleStage, Metric, Param, Run, RunStatus, RunTag, ViewType
+from mlflow.entities import ExperimentTag, LifecycleStage, Metric, Param, Run, RunStatus, RunTag, ViewType
 from mlflow.exceptions import InvalidUrlException, MlflowException, RestException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -55,6 +55,8 @@ Point = tuple[str, int, int, float]
 """Key, step, timestamp in ms, value."""
 
 _SQLITE = "sqlite:///"
+# Without it MLflow's interface opens an experiment in its view for language model applications.
+_KIND = ExperimentTag("mlflow.experimentKind", "custom_model_development")
 _POINTS_A_REQUEST = 1000
 _ENTRIES_A_REQUEST = 100
 _BYTES_A_REQUEST = 900_000  # MLflow's limit is 1 MB for the whole body
@@ -270,6 +272,14 @@ class Server:
             with self._writing(run_id):
                 self._store.log_batch(run_id, [], [], [RunTag(key, value) for key, value in chunk])
 
+    def drop_tag(self, run_id: str, name: str) -> None:
+        """Delete a tag; one that is missing is fine."""
+        try:
+            with self._translated():
+                self._store.delete_tag(run_id, name)  # type: ignore[attr-defined] # both stores have it
+        except NoSuchRun:
+            self.get_run(run_id)  # the same answer stands for a missing run, which is not fine
+
     def history(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
         """Every point of a key as (step, timestamp in ms, value), by step, then timestamp."""
         points: list[tuple[int, int, float]] = []
@@ -397,7 +407,7 @@ class Server:
                 found = self._store.get_experiment_by_name(name)
                 if found is None:
                     try:
-                        created = self._store.create_experiment(name, None, None)
+                        created = self._store.create_experiment(name, None, [_KIND])
                         self._experiments[name] = str(created)
                         return self._experiments[name]
                     except MlflowException as error:

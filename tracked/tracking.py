@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tracked.checkpoint import check_loadable
 from tracked.data import Batches
 from tracked.errors import LossNotFinite, RunTaken, SpoolError, UsageError
-from tracked.names import COMMAND, EXACT, SETTINGS, STOP_REASON
+from tracked.names import EXACT, SETTINGS, STOP_REASON
 from tracked.params import as_text
 from tracked.pipe import Attempt, Pipe, Progress, Retention
 from tracked.provenance import boot_id, host_name
@@ -386,7 +386,7 @@ class Run:
         self._over = True
         if state == "finished" and self._ends_after_step:
             state, reason = "stopped_early", self._ends_after_step
-        self._pipe.close(state, {STOP_REASON: reason, COMMAND: ""}, self._beside)
+        self._pipe.close(state, {STOP_REASON: reason} if reason else {}, self._beside)
         self.last_state = state
         self.metrics = self.latest()
         self._attempt.lock.release()

@@ -95,6 +95,7 @@ def train(path: Path, request: Request) -> Run:
         name=request.run_name,
         tags={
             **provenance.mlflow_tags(provenance.collect()),
+            "mlflow.source.name": about["path"],
             EXPERIMENT_FILE: json.dumps(about),
             **({RUN_KEY: request.run_key} if request.run_key else {}),
         },
