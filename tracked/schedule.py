@@ -61,7 +61,7 @@ class Settings:
     epochs: int | None = None
     max_steps: int | None = None
     eval_every: str = "1 epoch"
-    checkpoint_every: tuple[str, ...] = ("1 epoch",)
+    checkpoint_every: str | tuple[str, ...] = ("1 epoch",)
     log_every: int | Literal["auto"] = "auto"
     keep_last: int = 3
     keep_best: int = 1
@@ -93,7 +93,8 @@ class Settings:
             raise UsageError(f"mode is {self.mode!r}", expected="min or max")
         if not self.min_delta >= 0:
             raise UsageError(f"min_delta is {self.min_delta}", expected="0 or more")
-        object.__setattr__(self, "checkpoint_every", tuple(self.checkpoint_every))
+        every = self.checkpoint_every
+        object.__setattr__(self, "checkpoint_every", (every,) if isinstance(every, str) else tuple(every))
         for text in self.checkpoint_every:
             Interval.parse(text)
         if Interval.parse(self.eval_every).unit == "second":
