@@ -14,6 +14,9 @@ import pytest
 from tests.processes import Workplace
 from tests.servers import MlflowServer, end_group
 
+# Two tests run at a time, on machines with two cores: more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 _SHARED = "shared-server.json"
 
 

@@ -101,7 +101,7 @@ class Workplace:
         (self.path / name).write_text(text)
         return name
 
-    def start(self, *args: str | Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    def start(self, *args: object, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         """Start a command without waiting; it is killed when the test is over, if it still runs."""
         process = subprocess.Popen(
             [sys.executable, "-m", "tracked.run", *map(str, args)],
@@ -118,7 +118,7 @@ class Workplace:
 
     def tracked(
         self,
-        *args: str | Path,
+        *args: object,
         check: bool = True,
         env: Mapping[str, str] | None = None,
         timeout: float = 90.0,

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from tracked import checkpoint, loop
+from tracked import checkpoint, loop, names
 from tracked.experiment import Task
 from tracked.journal import Reader
+from tracked.pipe import Attempt
 from tracked.schedule import Settings
 from tracked.seeding import derive, seed_generators
 from tracked.spool import Lock, Outbox, RunFolder
-from tracked.tracking import Attempt, Run
+from tracked.tracking import Run
 from tracked.training import compare_states
 
 Point = tuple[str, int, str]
@@ -33,7 +35,7 @@ _TIMING = ("checkpoints",)
 class _EveryCheckpoint(Run):
     """Waits for each checkpoint, which a training does not: its newest replaces one that still waits."""
 
-    def _take_checkpoint(self, *, pinned: bool = False, wait: bool = False) -> None:
+    def _take_checkpoint(self, *, pinned: bool = False, wait: bool = False) -> None:  # noqa: ARG002
         super()._take_checkpoint(pinned=pinned, wait=True)
 
 
@@ -48,13 +50,13 @@ class Trained:
     @property
     def steps(self) -> list[int]:
         """The steps of its checkpoints."""
-        found = (checkpoint.step_of(folder.name) for folder in sorted(self.checkpoints.iterdir()))
+        found = (names.step_of(folder.name) for folder in sorted(self.checkpoints.iterdir()))
         return [step for step in found if step is not None]
 
     def state(self, step: int) -> State:
         """The checkpoint at `step`, read anew: a training changes the tensors it was given."""
-        folder = self.checkpoints / checkpoint.folder_name(step)
-        return checkpoint.load(folder / checkpoint.FILE)
+        folder = self.checkpoints / names.folder_name(step)
+        return checkpoint.load(folder / names.FILE)
 
     @property
     def last(self) -> State:
@@ -132,7 +134,9 @@ def resume(
     return differences(straight, train(root, body, settings, state), step)
 
 
-def differing(root: Path, body: Body, settings: Settings, later: Body | None = None) -> Mapping[int, list[str]]:
+def differing(
+    root: Path, body: Body, settings: Settings, later: Body | None = None
+) -> Mapping[int, list[str]]:
     """Train straight, then resume from every checkpoint with `later` (else the same); what differs, by step."""
     straight = train(root, body, settings)
     steps = straight.steps
@@ -153,8 +157,6 @@ def scatter_generators() -> None:
 
 def draw_everywhere() -> float:
     """One number out of each of the three generators."""
-    import torch
-
     return random.random() + float(np.random.random()) + float(torch.rand(()))
 
 

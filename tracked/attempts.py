@@ -8,7 +8,6 @@ claim the attempt by a param that can be written once, and only then read checkp
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 import uuid
@@ -221,7 +220,9 @@ def _free(server: Server, run_id: str, say: Say) -> RunView:
     view = server.get_run(run_id)
     seen, deadline = view.tags.get(HEARTBEAT), time.monotonic() + sender.watch_seconds()
     if view.status == "RUNNING":
-        say(f"the run is marked as running; watching for {sender.watch_seconds():g} s whether somebody trains it")
+        say(
+            f"the run is marked as running; watching for {sender.watch_seconds():g} s whether somebody trains it"
+        )
     while view.status == "RUNNING" and time.monotonic() < deadline:
         time.sleep(min(1.0, sender.watch_seconds() / 4))
         view = server.get_run(run_id)

@@ -52,7 +52,7 @@ class Task:
         scheduler_interval: Whether `scheduler.step()` belongs to each epoch or to each step.
         monitor: The metric that best-so-far, patience, pruners and `ReduceLROnPlateau` look at.
         mode: Whether a smaller ("min") or a larger ("max") monitored value is better.
-        accumulate: Batches whose gradients are summed into one step, each weighted 1 / `accumulate`.
+        accumulate: Batches of one step; their mean losses are weighted by samples, as in one large batch.
         clip_norm: Largest total 2-norm of the gradients of a step, or None.
         precision: "fp32"; "bf16" (autocast to bfloat16); "fp16" (autocast to float16, gradient scaler).
         loader: Further arguments of `DataLoader`, such as `num_workers` or `collate_fn`.
@@ -390,7 +390,9 @@ def _check_signature(file: Path, name: str, function: object, arguments: str) ->
         signature.bind(*arguments.split(", "))
     except TypeError:
         raise ExperimentError(
-            f"line {_line(function)} of {file.name}: {name} takes {signature}", expected=expected
+            f"line {_line(function)} of {file.name}: {name} takes {signature}",
+            expected=expected,
+            try_next=f"{expected}: …",
         ) from None
 
 

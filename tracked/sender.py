@@ -43,6 +43,7 @@ from tracked.names import (
     STATE,
     STOP_REASON,
     newest_attempt,
+    step_of,
 )
 from tracked.spool import Lock, Outbox, RunFolder, is_held, read_json, write_json
 
@@ -378,8 +379,9 @@ class Delivery:
         assert self.view is not None
         newest = max(keep)
         for name in self.server.directories(self.view.run_id, "checkpoints"):
-            digits = name.removeprefix("step-")
-            if name.startswith("step-") and digits.isdigit() and int(digits) < newest and int(digits) not in keep:
+            step = step_of(name)
+            # Newer ones are a newer attempt's, if this sender slept while its run was taken over.
+            if step is not None and step < newest and step not in keep:
                 self.server.delete(self.view.run_id, f"checkpoints/{name}")
 
     def _send_end(self, body: dict[str, Any]) -> None:

@@ -1,0 +1,565 @@
+"""What the commands that look and clean up say, and do, on real runs: list, show, verify, sync, gc, ui."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.processes import Workplace, wait_until
+from tests.servers import MlflowServer, free_port
+from tracked import inspection, upkeep
+from tracked.errors import RunNotFound, RunNotResumable, ServerUnavailable
+from tracked.journal import Journal
+from tracked.names import CHECKPOINT, HANDLE, HEARTBEAT, STATE, attempt_param
+from tracked.place import Place
+from tracked.server import RunView, Server
+from tracked.spool import Lock, RunFolder, read_json, write_json
+
+COMMANDS = ["train", "resume", "list", "show", "verify", "sync", "gc", "ui"]
+
+
+def place_of(workplace: Workplace) -> Place:
+    return Place(workplace.tracking_uri, workplace.spool)
+
+
+def only_run(workplace: Workplace) -> RunFolder:
+    (run,) = [run for outbox in workplace.outboxes() for run in outbox.runs()]
+    return run
+
+
+def silent(text: str) -> None:
+    """Where a test does not care for what is said."""
+
+
+def view_of(workplace: Workplace, run_id: str) -> RunView:
+    return Server(workplace.tracking_uri).get_run(run_id)
+
+
+def logged_run(workplace: Workplace, **tags: str) -> RunView:
+    """A run without a training, made as a sender makes it."""
+    return Server(workplace.tracking_uri).create_run(
+        experiment="by-hand",
+        handle=os.urandom(16).hex(),
+        name=None,
+        start_time=int(time.time() * 1000),
+        tags=tags,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workplace, str]]:
+    """A run that has finished; tests only look at it."""
+    path = tmp_path_factory.mktemp("finished")
+    workplace = Workplace(path, f"sqlite:///{path}/mlruns/mlflow.db")
+    result = workplace.tracked("train", workplace.experiment(), "--epochs", 2, "--json")
+    workplace.end_senders()
+    yield workplace, result.json["run_id"]
+    workplace.close()
+
+
+# -- help and mistakes
+
+
+def test_without_a_command_each_one_is_shown_with_an_example(workplace: Workplace) -> None:
+    shown = workplace.tracked().stdout
+
+    for command in COMMANDS:
+        assert f"python -m tracked.run {command}" in shown
+
+
+def test_the_help_page_imports_nothing_heavy_and_takes_no_time(workplace: Workplace) -> None:
+    script = (
+        "import sys, time; began = time.perf_counter()\n"
+        "from tracked.cli import main\n"
+        "main([], standalone_mode=False)\n"
+        "heavy = {'torch', 'mlflow', 'numpy', 'matplotlib', 'optuna', 'sqlalchemy', 'requests', 'tqdm'}\n"
+        "print(); print(sorted(heavy & set(sys.modules)), time.perf_counter() - began)"
+    )
+    seconds = []
+    for _ in range(3):  # the machine may be busy with something else
+        began = time.perf_counter()
+        output = subprocess.run(
+            [sys.executable, "-c", script],
+            env=workplace.environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        seconds.append(time.perf_counter() - began)
+        assert output.splitlines()[-1].startswith("[]"), output
+
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["tarin", "a.py"], ["list", "--limt", "3"], ["list", "--limit", "0"], ["show"], ["ui", "--port", "x"]],
+)
+def test_a_command_line_that_cannot_work_ends_with_2(workplace: Workplace, line: list[str]) -> None:
+    result = workplace.tracked(*line, check=False)
+
+    assert result.returncode == 2
+    assert "Usage" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_without_a_database_list_says_how_to_make_a_run_and_makes_nothing(workplace: Workplace) -> None:
+    result = workplace.tracked("list")
+
+    assert "no runs yet: python -m tracked.run train" in result.stdout
+    assert list(workplace.path.iterdir()) == []
+
+
+def test_without_a_database_no_run_is_found(workplace: Workplace) -> None:
+    result = workplace.tracked("show", "last", check=False)
+
+    assert result.returncode == 1
+    assert "error: there is no run 'last'" in result.stderr
+    assert list(workplace.path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "word", ["nonsense", "", "0", "'", "\"'", "%", "____", "../../etc", "0" * 32, "ü", "a" * 5000, "--"]
+)
+def test_a_word_that_is_no_run_is_not_found(finished: tuple[Workplace, str], word: str) -> None:
+    workplace, _ = finished
+
+    with pytest.raises(RunNotFound, match="there is no run"):
+        inspection.look(place_of(workplace), word, silent)
+    with pytest.raises(RunNotFound, match="there is no run"):
+        inspection.verify(place_of(workplace), word, silent)
+
+
+# -- list and show
+
+
+def test_a_finished_run_is_listed_and_shown(finished: tuple[Workplace, str]) -> None:
+    workplace, run_id = finished
+
+    row = workplace.tracked("list").stdout.splitlines()[1].split()
+    (listed,) = workplace.tracked("list", "--json").json
+    shown = workplace.tracked("show", run_id[:6]).stdout
+    told = workplace.tracked("show", "last", "--json").json
+
+    assert row[:3] == [run_id[:8], "finished", "experiment"]
+    assert (listed["run_id"], listed["state"], listed["epoch"], listed["step"]) == (run_id, "finished", 2, 16)
+    assert listed["best"] <= listed["last"]
+    assert "lr                        0.1" in shown
+    assert f"next: python -m tracked.run verify {run_id}" in shown
+    assert told["checkpoints"][-1] == {
+        "step": 16,
+        "bytes": told["checkpoints"][-1]["bytes"],
+        "where": ["server", "spool"],
+        "committed": True,
+    }
+    assert told["metrics"]["train/loss"]["step"] == 16
+    assert told["attempts"] == 1
+
+
+def test_a_run_goes_by_id_prefix_handle_name_and_last(finished: tuple[Workplace, str]) -> None:
+    workplace, run_id = finished
+    view = view_of(workplace, run_id)
+
+    for word in (run_id, run_id[:4], view.tags[HANDLE], view.tags[HANDLE][:8], view.name, "last"):
+        assert inspection.look(place_of(workplace), word, silent).summary.run_id == run_id
+
+
+def test_list_takes_an_experiment_and_a_limit(workplace: Workplace) -> None:
+    runs = [logged_run(workplace, **{STATE: "finished"}) for _ in range(3)]
+    place = place_of(workplace)
+
+    assert len(inspection.listing(place, "by-hand", 2, silent)) == 2
+    assert {each.run_id for each in inspection.listing(place, None, 9, silent)} == {
+        run.run_id for run in runs
+    }
+    assert inspection.listing(place, "another", 9, silent) == []
+
+
+def test_runs_of_others_are_neither_listed_nor_verified(workplace: Workplace) -> None:
+    server = Server(workplace.tracking_uri)
+    run = logged_run(workplace)
+    with sqlite3.connect(workplace.path / "mlruns/mlflow.db") as database:
+        database.execute("DELETE FROM tags WHERE key = ?", (HANDLE,))
+
+    assert inspection.listing(place_of(workplace), None, 9, silent) == []
+    with pytest.raises(RunNotResumable, match="was not made by this package"):
+        inspection.verify(place_of(workplace), run.run_id, silent)
+    assert server.get_run(run.run_id).status == "RUNNING"
+
+
+def test_ids_in_the_table_are_as_long_as_they_have_to_be() -> None:
+    one = inspection.Summary("a" * 9 + "1" * 23, "", "finished", "e", "n", 1, 1, None, None, None, 0, 0)
+    other = inspection.Summary("a" * 9 + "2" * 23, "", "finished", "e", "n", 1, 1, None, None, None, 0, 0)
+
+    lines = inspection.table([one, other]).splitlines()
+
+    assert [line.split()[0] for line in lines[1:]] == ["a" * 9 + "1", "a" * 9 + "2"]
+
+
+def test_a_run_that_was_not_heard_of_for_a_minute_is_lost(workplace: Workplace) -> None:
+    now = time.time() * 1000
+    lost = logged_run(workplace, **{STATE: "running", HEARTBEAT: str(int(now - 180_000))})
+    alive = logged_run(workplace, **{STATE: "running", HEARTBEAT: str(int(now))})
+
+    states = {each.run_id: each.state for each in inspection.listing(place_of(workplace), None, 9, silent)}
+
+    assert states == {lost.run_id: "lost (last heard 3 min ago)", alive.run_id: "running"}
+
+
+def test_a_run_whose_lock_is_held_here_is_running_whatever_its_heartbeat(workplace: Workplace) -> None:
+    run = logged_run(workplace, **{STATE: "running", HEARTBEAT: "1"})
+    folder = (
+        place_of(workplace).outbox().run(run.tags.get(HANDLE) or view_of(workplace, run.run_id).tags[HANDLE])
+    )
+    folder.make()
+    lock = Lock(folder.lock)
+    assert lock.acquire()
+
+    (listed,) = inspection.listing(place_of(workplace), None, 9, silent)
+    lock.release()
+    (after,) = inspection.listing(place_of(workplace), None, 9, silent)
+
+    assert listed.state == "running"
+    assert after.state.startswith("lost (last heard")
+
+
+# -- verify
+
+
+def test_a_finished_run_is_proven_whole(finished: tuple[Workplace, str]) -> None:
+    workplace, run_id = finished
+
+    result = workplace.tracked("verify", run_id)
+
+    assert "wrong" not in result.stdout
+    assert "each (metric, step) once" in result.stdout
+    assert "checkpoint of step 16" in result.stdout
+    assert "named by the tag" in result.stdout
+    assert "and so many are there" in result.stdout
+
+
+def test_what_is_not_whole_is_told_and_the_exit_is_1(workplace: Workplace) -> None:
+    run_id = workplace.tracked("train", workplace.experiment(), "--epochs", 2, "--json").json["run_id"]
+    workplace.end_senders()
+    server, place = Server(workplace.tracking_uri), place_of(workplace)
+    artifacts = Path(view_of(workplace, run_id).artifact_uri) / "checkpoints"
+
+    def wrong() -> str:
+        return "\n".join(inspection.verify(place, run_id, silent).wrong)
+
+    assert wrong() == ""
+    server.log_points(run_id, [("train/loss", 3, 1, 0.5)])
+    assert "train/loss stands more than once at step 3" in wrong()
+    with sqlite3.connect(workplace.path / "mlruns/mlflow.db") as database:
+        database.execute("DELETE FROM metrics WHERE key = 'train/loss' AND step = 3")
+    assert "train/loss: 15 of 16" in wrong()
+    assert "logged 21 points, and 20 are there" in wrong()
+
+    last = artifacts / "step-00000016/checkpoint.pt"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-1])
+    assert f"checkpoint of step 16: the file has {len(whole) - 1} bytes" in wrong()
+    last.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    assert "checkpoint of step 16: the checkpoint at" in wrong()
+    assert "is damaged" in wrong()
+    last.unlink()
+    assert "checkpoint of step 16" in wrong()
+    last.write_bytes(whole)
+    pointer = json.loads(view_of(workplace, run_id).tags[CHECKPOINT])
+    server.set_tags(run_id, {CHECKPOINT: json.dumps({**pointer, "sha256": "0" * 64})})
+    assert "not the one that the tag names" in wrong()
+    shutil.rmtree(last.parent)
+    assert "names the checkpoint of step 16, which is not on the server" in wrong()
+    assert workplace.tracked("verify", run_id, "--json", check=False).returncode == 1
+
+
+# -- sync
+
+
+def test_a_run_that_never_reached_its_server_is_listed_synced_and_whole(
+    tmp_path: Path, own_server: MlflowServer
+) -> None:
+    workplace = Workplace(tmp_path, own_server.uri)
+    try:
+        trained = workplace.tracked(
+            "train", workplace.experiment(), "--epochs", 1, "--json", "--drain-timeout", 0.2, check=False
+        )
+        handle = trained.json["run_id"]
+        listed = workplace.tracked("list", "--json")
+        shown = workplace.tracked("show", handle[:8])
+        proof = workplace.tracked("verify", handle, check=False)
+        early = workplace.tracked("sync", "--timeout", 2, "--json", check=False)
+
+        assert trained.returncode == 3
+        assert [(each["run_id"], each["state"]) for each in listed.json] == [(handle, inspection.WAITING)]
+        assert listed.json[0]["step"] == 8
+        assert "gave no usable answer" in listed.stderr
+        assert "next: python -m tracked.run sync" in shown.stdout
+        assert "records wait in the spool; try: python -m tracked.run sync" in proof.stdout
+        assert early.returncode == 3
+        assert early.json["undelivered"] == listed.json[0]["undelivered"]
+        assert "waiting: " in early.stderr
+
+        own_server.start()
+        late = workplace.tracked("sync", "--json")
+        (after,) = workplace.tracked("list", "--json").json
+
+        assert late.json == {"undelivered": 0}
+        assert f"{early.json['undelivered']} records were delivered" in late.stderr
+        assert (after["handle"], after["state"], after["undelivered"]) == (handle, "finished", 0)
+        assert workplace.tracked("verify", handle).returncode == 0
+        assert "nothing waits in the spool" in workplace.tracked("sync").stderr
+    finally:
+        workplace.close()
+
+
+def test_sync_leaves_a_living_training_alone_and_discards_what_a_newer_attempt_supersedes(
+    workplace: Workplace,
+) -> None:
+    training = workplace.start(
+        "train", workplace.experiment(), "pause=0.1", "--epochs", 100, "--checkpoint-every", "2 steps"
+    )
+    wait_until(lambda: [run for box in workplace.outboxes() for run in box.runs()], "the run's folder")
+    run = only_run(workplace)
+    wait_until(lambda: run.about.get("committed", 0) >= 2, "a committed checkpoint")
+    place, said = place_of(workplace), list[str]()
+
+    assert upkeep.sync(place, 5, said.append) == 0
+    assert any("is still being trained" in line for line in said)
+    assert upkeep.gc(place, dry_run=False, say=silent) == 0
+    assert [each.state for each in inspection.listing(place, None, 9, silent)] == ["running"]
+    proof = inspection.verify(place, "last", silent)
+    assert proof.wrong == []
+    assert proof.proven[0].startswith("the run is being trained")
+
+    workplace.end_senders()
+    os.killpg(training.pid, signal.SIGKILL)
+    training.wait()
+    workplace.end_senders()  # the training may have started another one meanwhile
+    assert [each.state for each in inspection.listing(place, None, 9, silent)] == ["draining"]
+    assert "wait in the spool" in inspection.verify(place, "last", silent).wrong[0]
+
+    run_id = run.about["run_id"]
+    Server(place.tracking_uri).log_params(run_id, {attempt_param(2): "another"})
+    said.clear()
+    result = workplace.tracked("sync", "--json")
+
+    assert result.json == {"undelivered": 0}
+    assert "of an older attempt were discarded" in result.stderr
+    assert run.journals() == []
+
+
+def test_a_journal_without_its_first_record_is_reported_and_counts(workplace: Workplace) -> None:
+    folder = place_of(workplace).outbox().run("ab" * 16)
+    folder.make()
+    journal = Journal(folder.path / "attempt-0001-00000000")
+    journal.append("points", [["a", 1, 1, 0.5], ["a", 2, 2, 0.5]])
+    journal.close()
+    said: list[str] = []
+
+    left = upkeep.sync(place_of(workplace), 5, said.append)
+
+    assert left == 2
+    assert "is damaged, so it cannot be sent" in said[0]
+    assert workplace.sender_pids() == []
+
+
+# -- gc
+
+
+def test_gc_frees_a_finished_run_that_stays_whole_on_the_server(workplace: Workplace) -> None:
+    run_id = workplace.tracked("train", workplace.experiment(), "--epochs", 1, "--json").json["run_id"]
+    folder, place = only_run(workplace), place_of(workplace)
+    server = Server(workplace.tracking_uri)
+    (uncommitted := workplace.path / "checkpoint.pt").write_bytes(b"half")
+    server.upload(run_id, uncommitted, "checkpoints/step-00000099")
+    held = sum(
+        file.stat().st_size for file in folder.path.rglob("*") if file.is_file() and file != folder.lock
+    )
+
+    planned = workplace.tracked("gc", "--dry-run", "--json")
+    assert folder.path.exists()
+    assert "step-00000099" in server.directories(run_id, "checkpoints")
+    freed = workplace.tracked("gc", "--json")
+
+    for told in (planned, freed):  # the lock's file names its holder, so its size is not known before
+        assert 0 <= told.json["freed_bytes"] - held - len(b"half") < 100
+    assert not folder.path.exists()
+    assert "step-00000099" not in server.directories(run_id, "checkpoints")
+    assert inspection.verify(place, run_id, silent).wrong == []
+    assert upkeep.gc(place, dry_run=False, say=silent) == 0
+
+
+def test_gc_keeps_the_copy_of_a_finished_run_whose_checkpoint_is_missing_on_the_server(
+    workplace: Workplace,
+) -> None:
+    run_id = workplace.tracked("train", workplace.experiment(), "--epochs", 1, "--json").json["run_id"]
+    step = json.loads(view_of(workplace, run_id).tags[CHECKPOINT])["step"]
+    Server(workplace.tracking_uri).delete(run_id, f"checkpoints/step-{step:08d}")
+
+    upkeep.gc(place_of(workplace), dry_run=False, say=silent)
+
+    assert (only_run(workplace).checkpoints / f"step-{step:08d}/checkpoint.pt").is_file()
+
+
+def test_gc_frees_what_is_superseded_and_the_run_still_resumes(workplace: Workplace) -> None:
+    line = ["train", workplace.experiment(), "pause=0.1", "--epochs", 100, "--checkpoint-every", "2 steps"]
+    training = workplace.start(*line, "--keep-last", 1)
+    wait_until(lambda: [run for box in workplace.outboxes() for run in box.runs()], "the run's folder")
+    folder = only_run(workplace)
+    wait_until(lambda: folder.about.get("committed", 0) >= 10, "the checkpoint of step 10")
+    training.send_signal(signal.SIGTERM)
+    training.communicate(timeout=60)
+    assert training.returncode == 75
+    workplace.end_senders()
+
+    run_id, place = folder.about["run_id"], place_of(workplace)
+    server = Server(workplace.tracking_uri)
+    whole = sorted(folder.checkpoints.glob("step-*"))
+    size = (whole[0] / "checkpoint.pt").stat().st_size
+    manifest = read_json(whole[0] / "manifest.json")
+    for name, value in (("step-00000001", None), ("step-00000003", None)):
+        shutil.copytree(whole[0], folder.checkpoints / name)
+        write_json(
+            folder.checkpoints / name / "manifest.json", {**manifest, "step": int(name[5:]), "value": value}
+        )
+        server.upload(run_id, folder.checkpoints / name / "manifest.json", f"checkpoints/{name}")
+        server.upload(run_id, folder.checkpoints / name / "checkpoint.pt", f"checkpoints/{name}")
+    (folder.path / ".run.json.left").write_text("{")
+    stands = {*server.directories(run_id, "checkpoints")} - {"step-00000001", "step-00000003"}
+
+    freed = upkeep.gc(place, dry_run=False, say=silent)
+
+    assert freed > 2 * 2 * size
+    assert {path.name for path in folder.checkpoints.iterdir()} == stands
+    assert {*server.directories(run_id, "checkpoints")} == stands
+    assert not (folder.path / ".run.json.left").exists()
+    further = folder.about["committed"] + 2
+    assert workplace.tracked("resume", run_id, "--max-steps", further, "--json").json["step"] == further
+    assert inspection.verify(place, run_id, silent).wrong == []
+
+
+def test_gc_without_its_server_deletes_only_what_it_knows_to_be_superseded(workplace: Workplace) -> None:
+    place = Place(f"http://127.0.0.1:{free_port()}", workplace.spool)
+    folder = place.outbox().run("cd" * 16)
+    for step in (1, 2, 3, 4):
+        (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+        (folder.checkpoints / f"step-{step:08d}/checkpoint.pt").write_bytes(b"1234567890")
+    write_json(
+        folder.path / "run.json",
+        {"run_id": "e" * 32, "committed": 3, "keep": [2, 3], "state": "finished"},
+    )
+    said: list[str] = []
+
+    freed = upkeep.gc(place, dry_run=False, say=said.append)
+
+    assert freed == 20
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
+    assert "only what this machine knows to be superseded" in said[0]
+
+
+def test_gc_removes_an_empty_outbox_of_an_earlier_boot_and_no_other(workplace: Workplace) -> None:
+    here = place_of(workplace).outbox()
+    earlier = here.path.parent.with_name(here.path.parent.name[:-8] + "00000000") / "target"
+    other = here.path.parent.with_name("another-machine-00000000") / "target"
+    for path in (earlier, other):
+        shutil.copytree(here.path, path)
+
+    upkeep.gc(place_of(workplace), dry_run=False, say=silent)
+
+    assert not earlier.parent.exists()
+    assert other.exists()
+    assert here.path.exists()
+
+
+# -- ui
+
+
+@pytest.fixture
+def served_ui(finished: tuple[Workplace, str]) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """A UI that answers, and its port."""
+    port = free_port()
+    process = finished[0].start("ui", "--port", port)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}")
+        yield port, process
+    finally:
+        process.send_signal(signal.SIGTERM)  # killed, it could not end the server that it started
+        process.wait(30)
+
+
+def test_the_ui_of_a_database_shows_artifacts_and_leaves_nothing_behind(
+    finished: tuple[Workplace, str], served_ui: tuple[int, subprocess.Popen[str]]
+) -> None:
+    workplace, run_id = finished
+    port, ui = served_ui
+
+    def fetch(page: str, **query: str) -> bytes:
+        address = f"http://127.0.0.1:{port}/{page}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            content: bytes = answer.read()
+        return content
+
+    files = json.loads(fetch("ajax-api/2.0/mlflow/artifacts/list", run_id=run_id, path="checkpoints"))
+    source = fetch("get-artifact", path="source/experiment.py", run_uuid=run_id)
+    checkpoint = fetch("get-artifact", path="checkpoints/step-00000016/checkpoint.pt", run_uuid=run_id)
+
+    assert "checkpoints/step-00000016" in [each["path"] for each in files["files"]]
+    assert source == (workplace.path / "experiment.py").read_bytes()
+    assert checkpoint.startswith(b"PK")
+
+    ui.send_signal(signal.SIGINT)
+    assert ui.wait(30) == 0
+    with pytest.raises(urllib.error.URLError):
+        fetch("health")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+
+
+def test_the_ui_of_a_taken_port_names_the_option(finished: tuple[Workplace, str]) -> None:
+    workplace, _ = finished
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = workplace.tracked("ui", "--port", taken.getsockname()[1], check=False)
+
+    assert result.returncode == 2
+    assert "--port" in result.stderr
+
+
+def test_the_ui_without_a_database_says_what_to_do(workplace: Workplace) -> None:
+    result = workplace.tracked("ui", check=False)
+
+    assert result.returncode == 2
+    assert "there is no database" in result.stderr
+    assert "python -m tracked.run train" in result.stderr
+
+
+def test_the_ui_of_a_server_is_its_address_without_the_password(workplace: Workplace) -> None:
+    result = workplace.tracked("ui", env={"MLFLOW_TRACKING_URI": "http://me:secret@example.org:5000"})
+
+    assert "http://example.org:5000" in result.stdout
+    assert "secret" not in result.stdout + result.stderr
+
+
+def test_a_server_that_is_away_and_an_empty_spool_are_an_error(workplace: Workplace) -> None:
+    place = Place(f"http://127.0.0.1:{free_port()}", workplace.spool)
+
+    with pytest.raises(ServerUnavailable):
+        inspection.listing(place, None, 9, silent)

@@ -1,0 +1,165 @@
+"""The experiments that are shipped train, stop and resume through the real command line."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.nursery import Nursery
+from tests.processes import ROOT, Workplace
+from tests.proofs import assert_same_training, curves, runs, state
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture
+def place(workplace: Workplace) -> Workplace:
+    """A workplace with the experiments in it."""
+    shutil.copytree(ROOT / "experiments", workplace.path / "experiments")
+    return workplace
+
+
+def write_idx(path: Path, array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
+    """Write unsigned bytes as MNIST's files hold them: magic 0x0000080N, N big-endian sizes, the bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack(f">{1 + array.ndim}i", 0x0800 + array.ndim, *array.shape) + array.tobytes())
+
+
+def write_mnist(root: Path) -> None:
+    """Images [N, 28, 28] that show their label as a bright row, 256 to train on and 64 to test on."""
+    generator = np.random.default_rng(0)
+    for name, count in (("train", 256), ("t10k", 64)):
+        labels = generator.integers(0, 10, count, dtype=np.uint8)
+        images = generator.integers(0, 64, (count, 28, 28), dtype=np.uint8)
+        images[np.arange(count), 2 * labels + 4] = 255
+        write_idx(root / f"MNIST/raw/{name}-images-idx3-ubyte", images)
+        write_idx(root / f"MNIST/raw/{name}-labels-idx1-ubyte", labels)
+
+
+def test_mnist_trained_for_three_epochs_and_resumed_to_five_is_mnist_trained_for_five(
+    nursery: Nursery, place: Workplace
+) -> None:
+    write_mnist(place.path / "data")
+    line = ("train", "experiments/mnist.py", "--json", "--epochs")
+    whole = nursery.run(place, *line, "5").json
+    reference = curves(place.tracking_uri, whole["run_id"]), state(place.tracking_uri, whole["run_id"])
+
+    first = nursery.run(place, *line, "3").json
+    resumed = nursery.run(place, "resume", first["run_id"], "--epochs", "5", "--json").json
+
+    assert (first["epoch"], resumed["epoch"], resumed["resumed_from"]) == (3, 5, first["step"])
+    assert resumed["run_id"] == first["run_id"]
+    assert len(runs(place.tracking_uri, "mnist")) == 2
+    assert resumed["metrics"]["val/accuracy"] > 0.8
+    assert_same_training(place.tracking_uri, resumed["run_id"], reference)
+
+
+def test_mnist_without_its_files_says_how_to_get_them(nursery: Nursery, place: Workplace) -> None:
+    result = nursery.run(place, "train", "experiments/mnist.py", check=False)
+
+    assert result.returncode == 2
+    assert "error: no MNIST under 'data'" in result.stderr
+    assert "download=true" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_digits_learn_and_resume_exactly(nursery: Nursery, place: Workplace) -> None:
+    line = ("train", "experiments/digits.py", "lr=0.01", "--json", "--epochs")
+    whole = nursery.run(place, *line, "3").json
+    reference = curves(place.tracking_uri, whole["run_id"]), state(place.tracking_uri, whole["run_id"])
+
+    first = nursery.run(place, *line, "2").json
+    resumed = nursery.run(place, "resume", first["run_id"], "--epochs", "3", "--json").json
+
+    assert resumed["metrics"]["val/accuracy"] > 0.9
+    assert_same_training(place.tracking_uri, resumed["run_id"], reference)
+
+
+def test_the_own_loop_as_an_experiment_file_resumes_exactly(nursery: Nursery, place: Workplace) -> None:
+    line = ("train", "experiments/own_loop.py", "--json", "--epochs")
+    whole = nursery.run(place, *line, "3").json
+    reference = curves(place.tracking_uri, whole["run_id"]), state(place.tracking_uri, whole["run_id"])
+
+    first = nursery.run(place, *line, "2").json
+    resumed = nursery.run(place, "resume", first["run_id"], "--epochs", "3", "--json").json
+
+    assert resumed["epoch"] == 3
+    assert_same_training(place.tracking_uri, resumed["run_id"], reference)
+
+
+# Kills the script at its 30th step, once.
+KILLED_ONCE = """
+import os, pathlib, runpy, signal, tracked
+original, flag = tracked.Run.log, pathlib.Path("killed")
+def log(run, values, step=None):
+    original(run, values, step)
+    if run.step == 60 and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+tracked.Run.log = log
+runpy.run_path("experiments/own_loop.py", run_name="__main__")
+"""
+
+
+@pytest.mark.timeout(240)
+def test_the_own_loop_as_a_script_is_killed_and_resumed_by_its_run_id(place: Workplace) -> None:
+    (place.path / "killed.py").write_text(KILLED_ONCE)
+    path = f"{place.path / 'experiments'}{os.pathsep}{ROOT}"
+
+    def script(*command: str) -> int:
+        return subprocess.run(
+            command,
+            cwd=place.path,
+            env=place.environment({"PYTHONPATH": path}),
+            capture_output=True,
+            check=False,
+            timeout=100,
+        ).returncode
+
+    assert script(sys.executable, "experiments/own_loop.py") == 0
+    assert script(sys.executable, "killed.py") == -9
+    resume = (sys.executable, "-m", "tracked.run", "resume")
+    (box,) = place.outboxes()
+    (handle,) = (run.handle for run in box.runs() if run.journals() or "state" not in run.about)
+    assert script(*resume, handle, "--", sys.executable, "experiments/own_loop.py") == 0
+
+    found = runs(place.tracking_uri, "digits")
+    resumed, whole = (run.info.run_id for run in found)
+    assert len(found) == 2
+    reference = curves(place.tracking_uri, whole), state(place.tracking_uri, whole)
+    assert_same_training(place.tracking_uri, resumed, reference)
+
+
+@pytest.mark.timeout(240)
+def test_the_demo_proves_that_nothing_differs(tmp_path: Path) -> None:
+    place = Workplace(tmp_path, f"sqlite:///{tmp_path}/mlruns/mlflow.db")
+    try:
+        done = subprocess.run(
+            [sys.executable, ROOT / "experiments/demo.py"],
+            cwd=tmp_path,
+            env=place.environment({"TRACKED_SPOOL": str(place.spool)}),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=220,
+        )
+    finally:
+        place.close()
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4  killed and resumed = uninterrupted" in done.stdout
+    assert re.search(r"[1-9]\d* points stood beyond it; recomputed, and all equal", done.stdout)
+    assert re.search(r"history: 2184 points, each step of each key exactly once, all equal", done.stdout)

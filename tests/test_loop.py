@@ -1,0 +1,266 @@
+"""The thin loop computes what a loop written by hand would, and logs it under the promised names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import tracked
+from tests.experiments import tiny
+from tests.trainings import Trained, fitting, train
+from tracked.data import Batches
+from tracked.errors import LossNotFinite, UsageError
+from tracked.loop import choose_device, learning_rates
+from tracked.schedule import Settings
+from tracked.seeding import derive, seed_generators
+
+SETTINGS = Settings(epochs=2, device="cpu", keep_last=100)
+INPUTS = torch.randn(22, 3, generator=torch.Generator().manual_seed(1))
+DATA = TensorDataset(INPUTS, INPUTS.sum(1, keepdim=True))
+
+
+def task(**changes: Any) -> tracked.Task:
+    model = changes.pop("model", None) or nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=changes.pop("lr", 0.05))
+    given = {"loss": nn.functional.mse_loss, "train_data": DATA, "val_data": DATA, "batch_size": 4, **changes}
+    return tracked.Task(model=model, optimizer=optimizer, **given)
+
+
+def fitted(root: Path, settings: Settings = SETTINGS, **changes: Any) -> Trained:
+    return train(root, fitting(lambda: task(**changes)), settings)
+
+
+def values(trained: Trained, key: str) -> dict[int, float]:
+    return {step: float(value) for name, step, value in trained.points if name == key}
+
+
+def weights(trained: Trained) -> list[Tensor]:
+    return list(trained.last["model_state_dict"].values())
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_loop_computes_what_one_by_hand_does(accumulate: int, tmp_path: Path) -> None:
+    found = fitted(tmp_path, accumulate=accumulate, clip_norm=0.5)
+    seed_generators(derive(0, "build"))
+    by_hand, losses, step = task(), {}, 0
+    model, optimizer = by_hand.model, by_hand.optimizer
+    batches = Batches(DATA, batch_size=4, seed=0)
+    for epoch in range(2):
+        remaining = list(batches.epoch(epoch))
+        while remaining:
+            window, remaining = remaining[:accumulate], remaining[accumulate:]
+            step += 1
+            seed_generators(derive(0, "step", step))
+            samples = sum(len(inputs) for inputs, _ in window)
+            parts = []
+            for inputs, targets in window:
+                loss = nn.functional.mse_loss(model(inputs), targets)
+                part = loss * (len(inputs) / samples) if len(window) > 1 else loss
+                part.backward()
+                parts.append(part.detach())
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[step] = float(torch.stack(parts).sum()) if len(parts) > 1 else float(parts[0])
+    assert values(found, "train/loss") == losses
+    assert all(map(torch.equal, weights(found), model.state_dict().values()))
+
+
+def test_a_window_of_equal_batches_is_one_large_batch(tmp_path: Path) -> None:
+    model = nn.Linear(3, 1)
+    small = fitted(tmp_path, model=model, batch_size=2, accumulate=11, loader={"shuffle": False})
+    large = nn.Linear(3, 1)
+    whole = fitted(tmp_path, model=large, batch_size=22, loader={"shuffle": False})
+    del model, large
+    assert len(values(small, "train/loss")) == len(values(whole, "train/loss")) == 2
+
+
+def test_metrics_are_means_over_samples_whatever_the_last_batch(tmp_path: Path) -> None:
+    def error(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).abs().mean()
+
+    found = fitted(tmp_path, replace(SETTINGS, epochs=1), metrics={"error": error}, batch_size=5)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 1)).eval()
+    model.load_state_dict(found.last["model_state_dict"])
+    with torch.no_grad():
+        expected = (model(INPUTS) - DATA.tensors[1]).abs().mean().item()
+    assert values(found, "val/error")[5] == pytest.approx(expected, rel=1e-6)
+
+
+class Largest:
+    """A metric that is no mean."""
+
+    def reset(self) -> None:
+        self.found = 0.0
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.found = max(self.found, float((outputs - targets).abs().max()))
+
+    def compute(self) -> float:
+        return self.found
+
+
+def test_a_metric_with_state_is_asked_once_per_evaluation(tmp_path: Path) -> None:
+    found = fitted(
+        tmp_path, metrics={"largest": Largest()}, val_data={"a": DATA, "b": DATA}, monitor="a/loss"
+    )
+    assert sorted({key for key, *_ in found.points}) == [
+        "a/largest",
+        "a/loss",
+        "b/largest",
+        "b/loss",
+        "epoch",
+        "lr",
+        "train/loss",
+    ]
+    assert values(found, "a/largest").keys() == {6, 12}
+    assert values(found, "a/largest") == values(found, "b/largest")
+
+
+def test_the_steps_of_everything_are_completed_steps(tmp_path: Path) -> None:
+    found = fitted(tmp_path)
+    assert list(values(found, "train/loss")) == list(range(1, 13))
+    assert values(found, "epoch") == {6: 1, 12: 2}
+    assert list(values(found, "val/loss")) == [6, 12]
+    assert values(found, "lr") == {1: 0.05}
+
+
+def test_the_learning_rate_is_logged_when_it_changes(tmp_path: Path) -> None:
+    body = fitting(lambda: tiny.build(tiny.Params(scheduler="step", evaluate=False)))
+    found = train(tmp_path, body, SETTINGS)
+    assert values(found, "lr") == {1: 0.05, 8: 0.025}
+
+
+def test_groups_with_different_rates_are_logged_each() -> None:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD([{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.2}])
+    assert learning_rates(optimizer) == {"lr/0": 0.1, "lr/1": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("loader", "steps", "order"), [({"drop_last": True}, 5, None), ({"shuffle": False}, 6, range(22))]
+)
+def test_the_loader_may_drop_the_last_batch_and_keep_the_order(
+    loader: dict[str, Any], steps: int, order: range | None, tmp_path: Path
+) -> None:
+    seen: list[float] = []
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = batch
+        if model.training:
+            seen.extend(inputs[:, 0].tolist())
+        return nn.functional.mse_loss(model(inputs), targets)
+
+    found = fitted(tmp_path, replace(SETTINGS, epochs=1), step=step, loss=None, loader=loader)
+    assert found.run.step == steps
+    if order is not None:
+        assert seen == INPUTS[:, 0].tolist()
+    # An evaluation leaves no sample out.
+    assert list(values(found, "val/loss")) == [steps]
+
+
+def test_a_step_of_ones_own_weighs_its_loss_in_an_evaluation(tmp_path: Path) -> None:
+    def step(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        inputs, _ = batch
+        return model(inputs).sum() * 0 + len(inputs), len(inputs)
+
+    found = fitted(tmp_path, replace(SETTINGS, epochs=1), step=step, loss=None)
+    # Batches of 4, 4, 4, 4, 4 and 2: the mean of their sizes, weighted by their sizes.
+    assert values(found, "val/loss") == {6: (5 * 16 + 4) / 22}
+
+
+def test_an_evaluation_of_ones_own_gets_the_batches_and_no_gradients(tmp_path: Path) -> None:
+    def evaluate(model: nn.Module, batches: Iterator[Any]) -> dict[str, float]:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        return {"samples": sum(len(inputs) for inputs, _ in batches), "loss": 1.0}
+
+    assert values(fitted(tmp_path, evaluate=evaluate), "val/samples") == {6: 22, 12: 22}
+
+
+def test_an_evaluation_leaves_a_frozen_part_in_its_mode(tmp_path: Path) -> None:
+    class Frozen(nn.Sequential):
+        def train(self, mode: bool = True) -> Frozen:
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    model = Frozen(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    fitted(tmp_path, model=model)
+    assert model[1].num_batches_tracked.item() == 0  # type: ignore[operator]
+    assert model[0].training
+    assert not model[1].training
+
+
+@pytest.mark.parametrize(("bad", "names"), [(float("nan"), "nan"), (float("inf"), "inf")])
+def test_a_loss_that_is_no_number_ends_the_training_before_it_spoils_a_weight(
+    bad: float, names: str, tmp_path: Path
+) -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(1)
+        return nn.functional.mse_loss(outputs, targets) * (bad if len(calls) == 9 else 1.0)
+
+    calls: list[int] = []
+    model = nn.Linear(3, 1)
+    with pytest.raises(LossNotFinite, match=names):
+        fitted(tmp_path, model=model, loss=loss, val_data=None)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_monitored_metric_that_is_never_logged_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="val/accuracy") as refused:
+        fitted(tmp_path, monitor="val/accuracy")
+    assert "val/loss" in str(refused.value)
+
+
+def test_a_plateau_may_look_at_the_training_loss(tmp_path: Path) -> None:
+    def build() -> tracked.Task:
+        found = task(val_data=None, lr=1e-6)
+        found.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            found.optimizer, patience=0, threshold=0.99
+        )
+        return found
+
+    settings = replace(SETTINGS, epochs=3, monitor="train/loss", keep_best=0)
+    found = train(tmp_path, fitting(build), settings)
+    assert len(values(found, "lr")) > 1
+
+
+def test_an_error_beside_living_workers_ends_the_run_at_once(tmp_path: Path) -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ZeroDivisionError
+        return nn.functional.mse_loss(outputs, targets)
+
+    calls: list[int] = []
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        # The workers live on in the traceback, with every pipe that was open when they were forked.
+        fitted(tmp_path, loss=loss, loader={"num_workers": 2, "persistent_workers": True})
+    assert time.monotonic() - began < 30
+
+
+def test_a_training_whose_checkpoints_cannot_be_written_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The process that writes them dies each time it begins.
+    monkeypatch.setenv("TRACKED_FAILPOINT", "archive.before-write")
+    found = fitted(tmp_path)
+    assert list(values(found, "train/loss")) == list(range(1, 13))
+    assert found.steps == []
+    assert "a checkpoint could not be written" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "tpu", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="--device cpu"):
+        choose_device(name)

@@ -1,0 +1,140 @@
+"""What is attached is saved by name, put back exactly, and refused where it does not fit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tracked.errors import StateMismatch, UsageError
+from tracked.state import Parts
+from tracked.training import compare_states
+
+
+def network(hidden: int = 3) -> Any:
+    return nn.Sequential(nn.Linear(2, hidden), nn.BatchNorm1d(hidden), nn.Linear(hidden, 1))
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    loss: torch.Tensor = model(torch.randn(4, 2)).sum()
+    loss.backward()
+    optimizer.step()
+
+
+def attached(**parts: Any) -> Parts:
+    found = Parts()
+    for name, part in parts.items():
+        found.attach(name, part)
+    return found
+
+
+def trained(hidden: int = 3) -> dict[str, Any]:
+    """The state of a model and its optimizer after a step."""
+    model = network(hidden)
+    optimizer = torch.optim.Adam(model.parameters())
+    stepped(model, optimizer)
+    return copy.deepcopy(attached(model=model, optimizer=optimizer).capture())
+
+
+def test_what_was_captured_is_put_back_to_the_last_bit() -> None:
+    state = trained()
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    parts = attached(model=model, optimizer=optimizer)
+    parts.restore(copy.deepcopy(state))
+    assert compare_states(state, parts.capture())[1] == []
+
+
+def test_capturing_copies_nothing() -> None:
+    model = network()
+    state = attached(model=model).capture()
+    assert state["model_state_dict"]["0.weight"].data_ptr() == model[0].weight.data_ptr()
+
+
+@pytest.mark.parametrize("part", [3, {"a": 1}, "text", None, lambda: None])
+def test_what_has_no_state_cannot_be_attached(part: object) -> None:
+    with pytest.raises(UsageError, match=r"run\.state"):
+        Parts().attach("part", part)
+
+
+def test_a_name_is_taken_once() -> None:
+    parts = attached(model=network())
+    with pytest.raises(UsageError, match="attached already"):
+        parts.attach("model", network())
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), "2.weight is not in the model"),
+        (nn.Sequential(*network(), nn.Linear(1, 1)), "3.weight is not in the checkpoint"),
+        (network(5), "0.weight is (3, 2) in the checkpoint and (5, 2) in the model"),
+    ],
+)
+def test_another_model_is_refused_by_what_differs_and_left_alone(other: nn.Module, said: str) -> None:
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(StateMismatch) as refused:
+        attached(model=other).restore(trained())
+    assert said in str(refused.value)
+    assert compare_states(before, other.state_dict())[1] == []
+
+
+def test_an_optimizer_over_other_parameters_is_refused_by_their_names() -> None:
+    model = network()
+    optimizer = torch.optim.Adam(model[2].parameters())
+    with pytest.raises(StateMismatch, match=r"model\.0\.bias was optimized, and is not now"):
+        attached(model=model, optimizer=optimizer).restore(trained())
+
+
+def test_an_optimizer_with_other_groups_is_refused() -> None:
+    model = network()
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[1:].parameters())}]
+    with pytest.raises(StateMismatch, match="groups"):
+        attached(model=model, optimizer=torch.optim.Adam(groups)).restore(trained())
+
+
+def test_a_missing_part_is_named_with_what_there_is() -> None:
+    with pytest.raises(StateMismatch) as refused:
+        attached(ema=network()).restore(trained())
+    assert "no state for 'ema'" in str(refused.value)
+    assert "model, optimizer" in str(refused.value)
+
+
+def test_optimizer_state_of_another_dtype_than_its_parameter_keeps_its_bits() -> None:
+    model = nn.Linear(2, 1).to(torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    precise = torch.tensor([[1.0 + 2**-20, 2.0]])
+    optimizer.state[model.weight]["master"] = precise
+    state = copy.deepcopy(attached(model=model, optimizer=optimizer).capture())
+    fresh = nn.Linear(2, 1).to(torch.bfloat16)
+    restored = torch.optim.SGD(fresh.parameters(), lr=0.1)
+    attached(model=fresh, optimizer=restored).restore(state)
+    assert restored.state[fresh.weight]["master"].dtype == torch.float32
+    assert restored.state[fresh.weight]["master"].equal(precise)
+
+
+def test_gradients_of_zero_are_told_from_none() -> None:
+    model = network()
+    model[0].weight.grad = torch.ones(3, 2)
+    state = attached(model=model).capture()
+    assert state["parameters_with_gradient"] == ["model.0.weight"]
+    fresh = network()
+    attached(model=fresh).restore(state)
+    assert fresh[0].weight.grad is not None
+    assert fresh[0].weight.grad.eq(0).all()
+    assert fresh[0].bias.grad is None
+
+
+def test_a_compiled_model_is_saved_under_its_own_names() -> None:
+    model = network()
+    state = attached(model=torch.compile(model)).capture()
+    assert "0.weight" in state["model_state_dict"]
+    attached(model=network()).restore(state)
+
+
+def test_the_device_is_that_of_the_first_parameter() -> None:
+    assert attached(model=network().to("meta")).device().type == "meta"
+    assert Parts().device().type == "cpu"

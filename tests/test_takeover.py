@@ -1,0 +1,312 @@
+"""Taking over: the dead are noticed, the living are left alone, and of several newcomers one trains."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.nursery import Nursery, Trainer
+from tests.processes import ROOT, Workplace, wait_until
+from tests.proofs import (
+    Curves,
+    assert_same_training,
+    assert_whole,
+    handle_of,
+    journals,
+    run_id_of,
+    state,
+    told,
+    until_committed,
+)
+
+# A file named `go` lets the training run to its end; before that every step takes a while.
+EXPERIMENT = """
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+import tracked
+
+@dataclass(frozen=True)
+class Params:
+    pause: float = 0.0
+
+def build(params):
+    inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+    data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    pause = threading.Event()
+
+    def loss(outputs, targets):
+        if not Path("go").exists():
+            pause.wait(params.pause)
+        return nn.functional.mse_loss(outputs, targets)
+
+    return tracked.Task(model=model, loss=loss, optimizer=optimizer, train_data=data, val_data=data, batch_size=8)
+"""
+SLOW = ("train", "experiment.py", "pause=0.05", "--epochs", "20", "--checkpoint-every", "5 steps")
+FAST = ("train", "experiment.py", "--epochs", "20", "--checkpoint-every", "5 steps")
+
+
+class Site:
+    """Machines that share a server: each has a folder and a spool of its own."""
+
+    def __init__(self, path: Path, uri: str, nursery: Nursery) -> None:
+        self.path = path
+        self.uri = uri
+        self.nursery = nursery
+        self.machines: list[Workplace] = []
+
+    def machine(self, **env: str) -> Workplace:
+        path = self.path / f"machine-{len(self.machines)}"
+        path.mkdir()
+        workplace = Workplace(path, self.uri, {"TRACKED_SENDER_IDLE": "30", **env})
+        workplace.experiment(EXPERIMENT)
+        self.machines.append(workplace)
+        self.nursery.start_sender(workplace)
+        return workplace
+
+    def training(self, machine: Workplace) -> tuple[Trainer, str, str]:
+        """A slow training with a committed checkpoint: process, handle, run ID."""
+        (machine.path / "go").unlink(missing_ok=True)
+        trainer = self.nursery.start(machine, *SLOW)
+        handle = handle_of(trainer)
+        until_committed(machine, handle, 5)
+        return trainer, handle, run_id_of(machine, handle)
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, server_uri: str, nursery: Nursery) -> Iterator[Site]:
+    site = Site(tmp_path_factory.mktemp("site"), server_uri, nursery)
+    yield site
+    for machine in site.machines:
+        machine.close()
+
+
+@pytest.fixture(scope="module")
+def home(site: Site) -> Workplace:
+    return site.machine()
+
+
+@pytest.fixture(scope="module")
+def away(site: Site) -> Workplace:
+    return site.machine()
+
+
+@pytest.fixture(scope="module")
+def reference(site: Site, home: Workplace) -> tuple[Curves, dict[str, Any]]:
+    run_id = site.nursery.run(home, *FAST, "--json").json["run_id"]
+    return assert_whole(site.uri, run_id), state(site.uri, run_id)
+
+
+def let_go(*machines: Workplace) -> None:
+    for machine in machines:
+        (machine.path / "go").touch()
+
+
+def status(site: Site, run_id: str) -> tuple[str, str]:
+    run = MlflowClient(site.uri).get_run(run_id)
+    return run.info.status, run.data.tags["tracked.state"]
+
+
+def until_crashed(site: Site, run_id: str) -> None:
+    wait_until(lambda: status(site, run_id) == ("FAILED", "crashed"), "the crashed state")
+
+
+def one_is_over(racers: list[Trainer]) -> None:
+    wait_until(lambda: any(each.returncode is not None for each in racers), "the loser")
+
+
+def test_a_killed_trainer_is_marked_as_crashed_within_seconds(site: Site, home: Workplace) -> None:
+    trainer, _, run_id = site.training(home)
+    assert status(site, run_id) == ("RUNNING", "running")
+    trainer.kill()
+    died = time.time()
+    until_crashed(site, run_id)
+    assert MlflowClient(site.uri).get_run(run_id).info.end_time / 1000 - died < 5
+
+
+def test_a_living_run_is_refused_at_once_on_its_own_machine(site: Site, home: Workplace) -> None:
+    trainer, handle, run_id = site.training(home)
+    for word in (run_id, handle, run_id[:8]):
+        result = site.nursery.run(home, "resume", word, check=False)
+        assert result.returncode == 2, result
+        assert f"process {trainer.pid}" in result.stderr
+        assert "watching" not in result.stderr
+    assert trainer.returncode is None
+    trainer.kill()
+
+
+def test_a_living_run_is_refused_elsewhere_with_its_holders_name(
+    site: Site, home: Workplace, away: Workplace
+) -> None:
+    trainer, handle, run_id = site.training(home)
+    result = site.nursery.run(away, "resume", run_id, check=False)
+    assert result.returncode == 2, result
+    assert f"process {trainer.pid}" in result.stderr
+    assert "python -m tracked.run show" in result.stderr
+    let_go(home)
+    assert trainer.wait().returncode == 0
+    assert told(home, handle)["attempt"] == 1
+    assert_whole(site.uri, run_id)
+
+
+def test_after_a_machines_death_a_resume_elsewhere_waits_for_the_heartbeat_and_goes_on(
+    site: Site, reference: tuple[Curves, dict[str, Any]], away: Workplace
+) -> None:
+    lost = site.machine()
+    trainer, _, run_id = site.training(lost)
+    (sender,) = lost.sender_pids()
+    os.kill(sender, signal.SIGSTOP)  # so that it does not mark the run before it dies, too
+    trainer.kill()
+    lost.end_senders()
+    shutil.rmtree(lost.spool)
+    assert status(site, run_id) == ("RUNNING", "running")
+    let_go(away)
+    result = site.nursery.run(away, "resume", run_id, "--json", env={"TRACKED_WATCH": "2"})
+    assert "watching for 2 s" in result.stderr
+    assert result.json["resumed_from"] >= 5
+    assert_same_training(site.uri, run_id, reference)
+
+
+def test_of_two_resumes_in_one_spool_one_trains(
+    site: Site, home: Workplace, reference: tuple[Curves, dict[str, Any]]
+) -> None:
+    for _ in range(5):
+        trainer, handle, run_id = site.training(home)
+        trainer.kill()
+        racers = [site.nursery.start(home, "resume", handle) for _ in range(2)]
+        one_is_over(racers)
+        let_go(home)
+        codes = sorted(each.wait().returncode for each in racers)
+        assert codes == [0, 2], [each.wait() for each in racers]
+        assert_same_training(site.uri, run_id, reference)
+
+
+def test_of_two_resumes_on_two_machines_one_trains(
+    site: Site, home: Workplace, away: Workplace, reference: tuple[Curves, dict[str, Any]]
+) -> None:
+    for _ in range(5):
+        (away.path / "go").unlink(missing_ok=True)
+        trainer, _, run_id = site.training(home)
+        trainer.kill()
+        until_crashed(site, run_id)
+        racers = [site.nursery.start(machine, "resume", run_id) for machine in (home, away)]
+        one_is_over(racers)
+        let_go(home, away)
+        codes = sorted(each.wait().returncode for each in racers)
+        assert codes == [0, 2], [each.wait() for each in racers]
+        assert_same_training(site.uri, run_id, reference)
+
+
+def test_an_older_attempts_spool_that_comes_back_is_discarded_and_said_so(
+    site: Site, away: Workplace, reference: tuple[Curves, dict[str, Any]]
+) -> None:
+    lost = site.machine()
+    trainer, handle, run_id = site.training(lost)
+    (sender,) = lost.sender_pids()
+    os.kill(sender, signal.SIGSTOP)
+    before, journaled = told(lost, handle)["points"], journal_bytes(lost, handle)
+    wait_until(lambda: journal_bytes(lost, handle) > journaled, "points that nobody delivers")
+    trainer.kill()
+    lost.end_senders()
+    let_go(away)
+    site.nursery.run(away, "resume", run_id)
+    result = site.nursery.run(lost, "sync")
+    assert journals(lost, handle) == []
+    assert told(lost, handle)["points"] == before
+    assert "taken over" in result.stderr or "discard" in result.stderr
+    assert_same_training(site.uri, run_id, reference)
+
+
+def journal_bytes(machine: Workplace, handle: str) -> int:
+    return sum(path.stat().st_size for each in journals(machine, handle) for path in each.glob("*.log"))
+
+
+def test_a_training_whose_machine_slept_while_another_took_over_leaves_and_says_so(
+    site: Site, away: Workplace, reference: tuple[Curves, dict[str, Any]]
+) -> None:
+    asleep = site.machine()
+    trainer, _, run_id = site.training(asleep)
+    (sender,) = asleep.sender_pids()
+    for pid in (trainer.pid, sender):
+        os.kill(pid, signal.SIGSTOP)
+    let_go(away)
+    site.nursery.run(away, "resume", run_id)
+    for pid in (sender, trainer.pid):
+        os.kill(pid, signal.SIGCONT)
+    result = trainer.wait()
+    assert result.returncode == 2, result
+    assert "taken over" in result.stderr
+    assert_same_training(site.uri, run_id, reference)
+
+
+CLAIM = """
+import sys
+from tracked.errors import RecordRejected
+from tracked.server import Server
+uri, mark = sys.argv[1:]
+server = Server(uri)
+print(flush=True)
+for run_id in sys.stdin.read().split():
+    try:
+        server.log_params(run_id, {"tracked.attempt.2": mark})
+        print(run_id, flush=True)
+    except RecordRejected:
+        pass
+"""
+
+
+def test_an_attempt_claimed_over_http_has_one_winner_of_two(server_uri: str) -> None:
+    client = MlflowClient(server_uri)
+    experiment = client.create_experiment(f"claims {uuid.uuid4().hex}")
+    runs = [client.create_run(experiment).info.run_id for _ in range(40)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    rivals = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLAIM, server_uri, mark],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for mark in ("left", "right")
+    ]
+    for rival in rivals:
+        assert rival.stdout is not None
+        rival.stdout.readline()
+    won: dict[int, list[str]] = {}
+
+    def race(number: int) -> None:
+        won[number] = rivals[number].communicate(" ".join(runs))[0].split()
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won[0] + won[1]) == sorted(runs)
+    for run_id in runs:
+        claimed = client.get_run(run_id).data.params["tracked.attempt.2"]
+        assert claimed == ("left" if run_id in won[0] else "right")
