@@ -100,7 +100,7 @@ def test_the_own_loop_as_an_experiment_file_resumes_exactly(nursery: Nursery, pl
     assert_same_training(place.tracking_uri, resumed["run_id"], reference)
 
 
-# Kills the script at its 30th step, once.
+# Kills the script at its 60th step, once.
 KILLED_ONCE = """
 import os, pathlib, runpy, signal, tracked
 original, flag = tracked.Run.log, pathlib.Path("killed")

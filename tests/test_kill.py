@@ -141,6 +141,7 @@ def test_points_delivered_beyond_the_checkpoint_are_recomputed_found_equal_and_n
         "experiment.py",
         "die=step 14",
         "points=17",
+        "committed=8",
         "--epochs",
         "5",
         "--checkpoint-every",

@@ -660,7 +660,9 @@ class _Http:
             "RESOURCE_ALREADY_EXISTS",
         ):
             return RestException(answer)
-        if status in (408, 413, 429) or status >= 500:
+        # BAD_REQUEST is MLflow's word for a database that refused: asked again, two that wrote one param at the
+        # same time learn who was first.
+        if status in (408, 413, 429) or status >= 500 or code == "BAD_REQUEST":
             said = answer.get("message") if isinstance(answer, dict) else response.text
             return _no_answer(self.host, self.scrub(f"{status} {_first_words(str(said or response.reason))}"))
         return self._refused(response)
