@@ -128,5 +128,5 @@ def serve(slots: Sequence[int], jobs: IO[bytes], answers: IO[str]) -> None:
 
 if __name__ == "__main__":
     # The training goes first: on a machine with few cores this process would slow its steps.
-    os.nice(10)
+    os.nice(19)
     serve([int(fd) for fd in sys.argv[1:]], sys.stdin.buffer, sys.stdout)

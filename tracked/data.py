@@ -49,7 +49,8 @@ class _Order:
         order = owner.order(self.epoch)
         for batch in range(self.start, len(owner)):
             indices = order[batch * owner.batch_size : (batch + 1) * owner.batch_size]
-            yield Wanted(derive(owner.seed, owner.stream, self.epoch, batch), indices)
+            seed = derive(owner.seed, owner.stream, self.epoch, batch) if owner.draws else 0
+            yield Wanted(seed, indices)
 
     def __len__(self) -> int:
         return len(self.batches) - self.start
@@ -148,6 +149,11 @@ class Batches:
                 f"loader cannot be used: {error}", expected="arguments of torch.utils.data.DataLoader"
             ) from None
         self._loader = loading if loading.num_workers or loading.pin_memory else None
+
+    @property
+    def draws(self) -> bool:
+        """Whether building a batch may draw random numbers, and so leave the generators seeded by it."""
+        return isinstance(self._built, _Built)
 
     def __len__(self) -> int:
         """Batches in an epoch."""

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -34,6 +34,7 @@ from tracked.seeding import (
     restore_determinism,
     restore_generators,
     seed_generators,
+    seed_torch,
 )
 from tracked.state import Parts
 from tracked.stopping import Stopping
@@ -271,11 +272,14 @@ class Run:
         lengths = [epochs * steps_in_epoch if epochs else None, max_steps]
         self.total_steps = min(length for length in lengths if length is not None)
         self._begin({"samples": batches.samples, "batch_size": batch_size, "accumulate": accumulate})
+        # Python's and NumPy's generators cost 50 µs to seed. Where no batch is built from them they go on as
+        # the streams they are, which a checkpoint keeps; else who builds the batch would decide what they give.
+        seed = seed_generators if batches.draws else seed_torch
         while self.step < self.total_steps and not self._ends_after_step:
             source = batches.epoch(self.epochs_done, self._batch)
             while window := list(islice(source, accumulate)):
                 self._batch += len(window)
-                self._begin_step(epoch_ends=self._batch >= len(batches))
+                self._begin_step(epoch_ends=self._batch >= len(batches), seed=seed)
                 yield window
                 self._end_step()
                 if self.step >= self.total_steps or self._ends_after_step:
@@ -292,7 +296,7 @@ class Run:
             raise UsageError("steps() does not know how many", expected="steps(n), or --max-steps N")
         self._begin({})
         while self.step < self.total_steps and not self._ends_after_step:
-            self._begin_step(epoch_ends=False)
+            self._begin_step(epoch_ends=False, seed=seed_generators)
             yield self.step
             self._end_step()
 
@@ -448,6 +452,7 @@ class Run:
         if self.settings.deterministic:
             make_deterministic()
         if self._restored is None:
+            seed_generators(derive(self.settings.seed, "loop"))
             check_loadable(self._compose())
             self._take_checkpoint(wait=True)
         else:
@@ -459,11 +464,11 @@ class Run:
             if self._attempt.restored is not None:
                 self._attempt.restored = {"step": self.step}
 
-    def _begin_step(self, *, epoch_ends: bool) -> None:
+    def _begin_step(self, *, epoch_ends: bool, seed: Callable[[int], None]) -> None:
         self.step += 1
         self._epoch_ends = epoch_ends
         self._improved = False
-        seed_generators(derive(self.settings.seed, "step", self.step))
+        seed(derive(self.settings.seed, "step", self.step))
 
     def _end_step(self) -> None:
         self.step_ended = True
