@@ -2,7 +2,7 @@
 
 Try it:
     python -m tracked.run train experiments/digits.py --epochs 10 lr=0.005
-    python -m tracked.run sweep experiments/digits.py --epochs 10
+    python -m tracked.run resume last --epochs 20
 """
 
 from __future__ import annotations

@@ -187,9 +187,15 @@ class Pipe:
         while not self._closing.wait(FLUSH_SECONDS):
             self.flush()
             if time.monotonic() - looked_after > LOOK_AFTER_SECONDS:
-                self._attempt.ensure_sender()
+                self._look_after_sender()
                 looked_after = time.monotonic()
             self._listen(beside)
+
+    def _look_after_sender(self) -> None:
+        try:
+            self._attempt.ensure_sender()
+        except (OSError, SpoolError) as error:
+            self._tell_once("sender", f"the spool at {self._attempt.outbox.path} cannot be used: {error}")
 
     def flush(self) -> None:
         """Move what was logged and written into the journal."""
@@ -264,6 +270,11 @@ class Pipe:
 
     # -- how it stands, and its end
 
+    def _is_delivered(self) -> bool:
+        """A journal that is gone without the sender's word was deleted by somebody else."""
+        said, name = self._attempt.said(), self._journal.folder.name
+        return name in (said.get("ended"), said.get("discarded")) and not self._journal.folder.exists()
+
     def pending(self) -> int:
         """Points that were logged and are not on the server yet."""
         return max(0, self._appended - int(self._attempt.said().get("points", 0)))
@@ -296,8 +307,8 @@ class Pipe:
     def drain(self, beside: Callable[[dict[str, Any]], None]) -> int:
         """Wait until the closed journal is delivered; the number of points that are not, after `patience`."""
         began = time.monotonic()
-        while self._attempt.delivers and self._journal.folder.exists():
-            self._attempt.ensure_sender()
+        while self._attempt.delivers and not self._is_delivered():
+            self._look_after_sender()
             if time.monotonic() - began > self.patience:
                 return max(1, self.pending())
             self._listen(beside)

@@ -397,10 +397,12 @@ class Run:
         self.undelivered = self._pipe.drain(self._beside)
         self.progress.close()
         if self.undelivered:
+            why = self.trouble() or "they are on their way"
             self.progress.warn(
-                f"{self.undelivered} points are not delivered yet{f' ({why})' if (why := self.trouble()) else ''}\n"
-                "  try: python -m tracked.run sync"
+                f"{self.undelivered} points are not delivered yet ({why})\n  try: python -m tracked.run sync"
             )
+        if state == "finished" and self._attempt.said().get("superseded"):
+            raise self._taken()
         return self.undelivered
 
     def __enter__(self) -> Self:
@@ -480,11 +482,7 @@ class Run:
             self._epoch_ends = False
         leave = self._leave  # may be set at any moment: what leaves has been saved
         if leave is not None and leave[0] == "superseded":
-            raise RunTaken(
-                f"run {self.id} has been taken over by another process",
-                expected="one process for a run",
-                try_next=f"python -m tracked.run show {self.id}",
-            )
+            raise self._taken()
         ends = self.step == self.total_steps or bool(self._ends_after_step) or leave is not None
         now = time.monotonic()
         due = self._due.is_due(step=self.step, epoch=self.epochs_done, epoch_ended=epoch_ended, now=now)
@@ -493,6 +491,13 @@ class Run:
             self._take_checkpoint(pinned=self._improved, wait=ends)
         if leave is not None:
             raise Paused(*leave)
+
+    def _taken(self) -> RunTaken:
+        return RunTaken(
+            f"run {self.id} has been taken over by another process",
+            expected="one process for a run",
+            try_next=f"python -m tracked.run show {self.id}",
+        )
 
     def _take_checkpoint(self, *, pinned: bool = False, wait: bool = False) -> None:
         """Copy the state; everything else happens beside the training."""

@@ -88,6 +88,8 @@ def train(path: Path, request: Request) -> Run:
                 view, f"run {view.run_id} of key {request.run_key!r} is {state}: nothing is left to do"
             )
         return resume(view.run_id, replace(request, file=path, settings={}, overrides=[]))
+    settings = Settings(**request.settings)
+    loop.choose_device(settings.device)
     about = experiments.describe(experiment)
     attempt = begin(
         request.place,
@@ -102,9 +104,7 @@ def train(path: Path, request: Request) -> Run:
         params=params.flatten(values),
     )
     attempt.about = about
-    run = Run(
-        attempt, Settings(**request.settings), progress=request.progress, drain_timeout=request.drain_timeout
-    )
+    run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
     request.progress.say(f"run {run.id} (local handle)" if run.id == run.handle else f"run {run.id}")
     with _until_over(run):
         run.log_artifact(experiment.path, "source")
