@@ -300,10 +300,12 @@ class Server:
     def upload(self, run_id: str, local: Path, directory: str) -> None:
         """Store the file `local` as artifact ``directory/local.name``, over what stood there.
 
+        An empty `directory` is the root of the run's artifacts.
+
         Raises:
             CheckpointError: `local` cannot be read, or the names cannot be used.
         """
-        _inside(str(PurePosixPath(directory, local.name)))
+        _inside(_beside(directory, local.name))
         if not local.is_file():
             raise CheckpointError(f"there is no file {local} to upload", expected="a file that can be read")
         try:
@@ -822,7 +824,7 @@ class _Proxied:
             # holds for each block that is sent, so it has to bear a busy disk on the other side.
             self._http.json(
                 "PUT",
-                self._address(str(PurePosixPath(directory, local.name))),
+                self._address(_beside(directory, local.name)),
                 data=file if local.stat().st_size else b"",
                 extra_headers={"Content-Type": "application/octet-stream"},
                 connect=patience,
@@ -921,6 +923,11 @@ def _make_durable(file: Path, known: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _beside(directory: str, name: str) -> str:
+    """The artifact `name` in `directory`, which is empty for the run's own root. Nothing is made of bad names."""
+    return f"{directory}/{name}" if directory else name
 
 
 def _inside(path: str) -> PurePosixPath:
