@@ -363,9 +363,14 @@ class Delivery:
                 # A newer one has taken its place while the server was away.
                 return True
             reach("sender.before-upload")
-            self.server.upload(run_id, local / "checkpoint.pt", directory)
-            reach("sender.mid-upload")
-            self.server.upload(run_id, local / "manifest.json", directory)
+            try:
+                self.server.upload(run_id, local / "checkpoint.pt", directory)
+                reach("sender.mid-upload")
+                self.server.upload(run_id, local / "manifest.json", directory)
+            except CheckpointError:
+                if local.exists():
+                    raise
+                return True  # superseded by a newer one meanwhile
             found = self.server.sizes(run_id, directory).get("checkpoint.pt")
             if found != body["bytes"]:
                 raise ServerUnavailable(
