@@ -278,7 +278,7 @@ def _refuse_beyond(attempt: Attempt, changes: list[str], word: str) -> None:
             f"{', '.join(changes)} cannot be changed here: points up to step {furthest} stand beyond the checkpoint "
             f"of step {step}, and would no longer be what the run computes",
             expected="a checkpoint at the end of the curve (a run that was paused, stopped or finished)",
-            try_next=f"python -m tracked.run resume {word}   (without the change), or fork {word} --step {step} …",
+            try_next=f"python -m tracked.run resume {word}   (without the change), or a new run with `train`",
         )
 
 
