@@ -237,7 +237,7 @@ class Pipe:
         keep = self.retention.add(entry)
         self._journal.append("checkpoint", {**entry, "keep": sorted(keep)})
         committed = self._attempt.said().get("committed", step)
-        for folder in self._attempt.folder.checkpoints.iterdir():
+        for folder in self._attempt.folder.checkpoints.glob("step-*"):
             found = step_of(folder.name)
             if found is not None and found < step and found not in keep and found != committed:
                 shutil.rmtree(folder, ignore_errors=True)
