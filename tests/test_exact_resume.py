@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -387,6 +389,39 @@ def test_the_generators_that_a_resume_starts_with_have_no_say(tmp_path: Path) ->
         state["generators"] = copied(straight.state(0)["generators"])
 
     assert resume(tmp_path, straight, tiny_body(collate=True), SETTINGS, 6, other_generators) == []
+
+
+def drawing_steps(run: tracked.Run) -> None:
+    """Steps on plain tensors that draw from Python's and NumPy's generators."""
+    model = torch.nn.Linear(2, 1)
+    torch.nn.init.ones_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run.attach(model=model, optimizer=optimizer)
+    data = TensorDataset(torch.linspace(0, 1, 32).reshape(16, 2))
+    for (inputs,) in run.batches(data, batch_size=2):
+        loss = (model(inputs) * random.random() + float(np.random.rand())).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log({"train/loss": loss})
+
+
+def test_steps_on_plain_tensors_that_draw_in_python_and_numpy_resume_exactly(tmp_path: Path) -> None:
+    found = differing(tmp_path, drawing_steps, SETTINGS)
+
+    assert found == nothing(found)
+
+
+@pytest.mark.parametrize("name", ["python", "numpy"])
+def test_there_the_saved_generators_have_a_say(tmp_path: Path, name: str) -> None:
+    straight = train(tmp_path, drawing_steps, SETTINGS)
+
+    def other_generator(state: State) -> None:
+        state["generators"][name] = straight.state(0)["generators"][name]
+
+    wrong = resume(tmp_path, straight, drawing_steps, SETTINGS, 6, other_generator)
+    assert any(each.startswith("history") for each in wrong), wrong
 
 
 def test_a_batch_built_after_the_resume_draws_from_the_seed_alone(tmp_path: Path) -> None:
