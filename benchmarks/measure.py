@@ -154,6 +154,8 @@ def mlflow_server(directory: Path, workers: int = 1) -> Iterator[str]:
             stderr=output,
             start_new_session=True,
         )
+    with contextlib.suppress(OSError):  # `nice` counts only within a session where Linux groups by them
+        Path(f"/proc/{server.pid}/autogroup").write_text("19")
     try:
         _wait_until_healthy(server, address, log)
         yield address

@@ -400,8 +400,8 @@ def test_a_writing_process_that_was_killed_is_replaced(watched: Watched, tmp_pat
 def test_a_writing_process_that_is_killed_again_and_again_is_told_and_tried_anew(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    found = Watched()
     monkeypatch.setenv("TRACKED_FAILPOINT", "archive.before-rename.checkpoint.pt")
+    found = Watched()
     found.take(tmp_path, 1)
     found.writer.drain()
     assert found.steps == []

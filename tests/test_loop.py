@@ -20,7 +20,7 @@ from tracked.data import Batches
 from tracked.errors import LossNotFinite, UsageError
 from tracked.loop import choose_device, learning_rates
 from tracked.schedule import Settings
-from tracked.seeding import derive, seed_generators
+from tracked.seeding import derive, mixed, seed_generators
 
 SETTINGS = Settings(epochs=2, device="cpu", keep_last=100)
 INPUTS = torch.randn(22, 3, generator=torch.Generator().manual_seed(1))
@@ -58,7 +58,7 @@ def test_the_loop_computes_what_one_by_hand_does(accumulate: int, tmp_path: Path
         while remaining:
             window, remaining = remaining[:accumulate], remaining[accumulate:]
             step += 1
-            seed_generators(derive(0, "step", step))
+            seed_generators(mixed(derive(0, "step"), step))
             samples = sum(len(inputs) for inputs, _ in window)
             parts = []
             for inputs, targets in window:

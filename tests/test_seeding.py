@@ -20,6 +20,7 @@ from tracked.seeding import (
     differences,
     environment,
     generator_states,
+    mixed,
     one_thread,
     preserved_generators,
     restore_determinism,
@@ -46,6 +47,13 @@ def test_a_derived_seed_is_the_same_in_every_process_and_another_for_other_parts
     parts: list[tuple[int | str, ...]] = [(1, 23), (12, 3), ("1", 23), (1, "23"), (1, 2, 3), (123,), (1, 24)]
     assert len({derive(*each) for each in parts}) == len(parts)
     assert all(0 <= derive(*each) < 2**64 for each in parts)
+
+
+def test_the_numbers_of_a_base_give_seeds_that_differ_also_where_torch_looks() -> None:
+    # SplitMix64's published values for the seed 1234567, which is the base here.
+    assert [mixed(1234567, number) for number in (1, 2)] == [6457827717110365317, 3203168211198807973]
+    low = {mixed(derive(0, "step"), number) & 0xFFFFFFFF for number in range(10_000)}
+    assert len(low) > 9_980  # torch's generator on the CPU is seeded by 32 bits
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1])

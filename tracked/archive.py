@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from tracked.children import give_way
 from tracked.failpoints import reach
 from tracked.spool import fsync_directory
 
@@ -127,6 +128,5 @@ def serve(slots: Sequence[int], jobs: IO[bytes], answers: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    # The training goes first: on a machine with few cores this process would slow its steps.
-    os.nice(19)
+    give_way()
     serve([int(fd) for fd in sys.argv[1:]], sys.stdin.buffer, sys.stdout)

@@ -151,6 +151,8 @@ class Writer:
         self._waiting: Snapshot | None = None
         self._jobs = 0
         self._process: subprocess.Popen[bytes] | None = None
+        with contextlib.suppress(OSError):  # told of when a checkpoint is to be written
+            self._start_process()  # so early that its start falls into no step
         self._thread: threading.Thread | None = None
         self._closed = False
 

@@ -15,7 +15,7 @@ from tracked.data import Batches, size, to_device
 from tracked.errors import UsageError
 from tracked.experiment import Task
 from tracked.points import scalar
-from tracked.schedule import Due, Interval
+from tracked.schedule import Due
 from tracked.seeding import derive, seed_generators
 from tracked.tracking import Run, not_finite
 
@@ -60,7 +60,7 @@ def fit(task: Task, run: Run, *, attached: Callable[[], None] = lambda: None) ->
     run.require_finite("train/loss")
     attached()
 
-    evaluation = Due([Interval.parse(settings.eval_every)])
+    evaluation = Due([settings.eval_every])
     options = dict(task.loader)
     windows = run.windows(
         task.train_data,
@@ -79,7 +79,7 @@ def fit(task: Task, run: Run, *, attached: Callable[[], None] = lambda: None) ->
         if task.scheduler is not None and task.scheduler_interval == "step":
             _advance(task.scheduler, run)
         if task.val_data is not None and evaluation.is_due(
-            step=run.step, epoch=run.epoch, epoch_ended=run.epoch_ended, now=0.0
+            step=run.step, epoch=run.epoch, epoch_ended=run.epoch_ended
         ):
             metrics = evaluate(task, device, run)
             _check_monitored(metrics, settings.monitor)

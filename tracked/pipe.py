@@ -294,7 +294,7 @@ class Pipe:
         self._listen(beside)
         with self._lock:
             self._append_new()
-            count = sum(self.points.state_dict()["counts"].values())
+            count = sum(self.points.counts().values())
             ending = {STATE: state, POINTS: str(count), **tags}
             self._journal.append(
                 "end", {"status": _STATUS[state], "end_time": int(time.time() * 1000), "tags": ending}

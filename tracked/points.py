@@ -27,6 +27,15 @@ class Divergence:
     recomputed: float
 
 
+@dataclass(slots=True)
+class _Series:
+    """What is known of a key: its last point, and how many it has had."""
+
+    step: int
+    value: float | torch.Tensor
+    count: int = 0
+
+
 class PointLog:
     """The buffer between `Run.log` and the journal.
 
@@ -36,8 +45,7 @@ class PointLog:
 
     def __init__(self, replay: Replay | None = None) -> None:
         self._buffer: list[tuple[str, int, int, float | torch.Tensor]] = []
-        self._last: dict[str, tuple[int, float | torch.Tensor]] = {}
-        self._counts: dict[str, int] = {}
+        self._series: dict[str, _Series] = {}
         self._replay = dict(replay or {})
         self.replayed_equal = 0
         self.diverged: Divergence | None = None
@@ -54,25 +62,29 @@ class PointLog:
         now = int(time.time() * 1000)
         for key, value in values.items():
             number = value if type(value) is float else scalar(key, value)
-            last = self._last.get(key)
-            if last is None:
+            series = self._series.get(key)
+            if series is None:
                 validate_key(key)
-                self._counts.setdefault(key, 0)
-            elif step <= last[0]:
-                _check_repeated(key, step, number, *last)
+                series = self._series[key] = _Series(step, number)
+            elif step <= series.step:
+                _check_repeated(key, step, number, series)
                 continue
-            self._last[key] = (step, number)
-            self._counts[key] += 1
+            series.step, series.value = step, number
+            series.count += 1
             self._buffer.append((key, step, now, number))
 
     def last(self, key: str) -> float | torch.Tensor | None:
         """The value last logged under `key`."""
-        last = self._last.get(key)
-        return None if last is None else last[1]
+        series = self._series.get(key)
+        return None if series is None else series.value
 
     def latest(self) -> dict[str, float]:
         """The last value of each key."""
-        return {key: float(value) for key, (_, value) in self._last.items()}
+        return {key: float(series.value) for key, series in self._series.items()}
+
+    def counts(self) -> dict[str, int]:
+        """How many points each key has."""
+        return {key: series.count for key, series in self._series.items()}
 
     def drain(self) -> list[tuple[str, int, int, float]]:
         """Take out what was logged, less what already stands on the server."""
@@ -99,14 +111,13 @@ class PointLog:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "counts": dict(self._counts),
-            "last": {key: (step, float(value)) for key, (step, value) in self._last.items()},
-        }
+        last = {key: (series.step, float(series.value)) for key, series in self._series.items()}
+        return {"counts": self.counts(), "last": last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._counts = dict(state["counts"])
-        self._last = {key: (step, value) for key, (step, value) in state["last"].items()}
+        self._series = {
+            key: _Series(step, value, state["counts"][key]) for key, (step, value) in state["last"].items()
+        }
 
 
 def same(a: float, b: float) -> bool:
@@ -121,9 +132,12 @@ def scalar(key: str, value: Any) -> float | torch.Tensor:
         MetricError: It is no number, or more than one.
     """
     if isinstance(value, torch.Tensor):
+        # The way of every step first, and short: after a step's kernels each call finds cold caches.
+        if value.is_cpu and value.numel() == 1 and type(number := value.item()) is float:
+            return number
         if value.numel() != 1 or value.is_complex():
             raise _no_scalar(key, f"a tensor of shape {tuple(value.shape)} and {value.dtype}")
-        if value.device.type == "cpu":
+        if value.is_cpu:
             return float(value.item())
         # `.item()` would wait for the device; a copy there keeps the value as it is now.
         return value.detach().clone()
@@ -143,17 +157,15 @@ def _no_scalar(key: str, what: str) -> MetricError:
     )
 
 
-def _check_repeated(
-    key: str, step: int, value: float | torch.Tensor, last_step: int, last_value: float | torch.Tensor
-) -> None:
-    if step < last_step:
+def _check_repeated(key: str, step: int, value: float | torch.Tensor, last: _Series) -> None:
+    if step < last.step:
         raise MetricError(
-            f"the metric {key!r} is logged at step {step} after step {last_step}",
+            f"the metric {key!r} is logged at step {step} after step {last.step}",
             expected="steps that do not go back: a point on the server cannot be replaced",
         )
-    if not same(float(value), float(last_value)):
+    if not same(float(value), float(last.value)):
         raise MetricError(
-            f"the metric {key!r} is logged twice at step {step}: {float(last_value)!r} and {float(value)!r}",
+            f"the metric {key!r} is logged twice at step {step}: {float(last.value)!r} and {float(value)!r}",
             expected="one value for a key and step",
             try_next="two names, if these are two things",
         )
@@ -162,10 +174,10 @@ def _check_repeated(
 def _fetched(
     taken: list[tuple[str, int, int, float | torch.Tensor]],
 ) -> list[tuple[str, int, int, float]]:
+    tensors = [value for *_, value in taken if isinstance(value, torch.Tensor)]
     pending: dict[torch.device, list[torch.Tensor]] = {}
-    for *_, value in taken:
-        if isinstance(value, torch.Tensor):
-            pending.setdefault(value.device, []).append(value.double().reshape(()))
+    for value in tensors:
+        pending.setdefault(value.device, []).append(value.double().reshape(()))
     # CPU-GPU sync: one for everything that was logged since the last flush.
     arrived = {device: iter(torch.stack(values).tolist()) for device, values in pending.items()}
     return [

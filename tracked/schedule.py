@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, field, fields
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tracked.errors import UsageError
@@ -21,6 +24,8 @@ _UNITS: dict[str, tuple[Unit, float]] = {
     "hour": ("second", 3600),
 }
 _LONGEST_RUN_OF_EVERY_STEP = 10_000
+# Longer ones are looked after beside the training, a few times a second.
+_SHORT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -122,29 +127,40 @@ class Settings:
         return step % every == 0
 
 
-@dataclass
 class Due:
     """Which of several intervals have passed, counted in steps, epochs and seconds since the last time."""
 
-    intervals: list[Interval] = field(default_factory=list)
-    last_time: float = 0.0
+    def __init__(self, texts: Iterable[str], clock: Callable[[], float] = time.monotonic) -> None:
+        intervals = [Interval.parse(text) for text in texts]
+        self._steps = [int(each.every) for each in intervals if each.unit == "step"]
+        self._epochs = [int(each.every) for each in intervals if each.unit == "epoch"]
+        self._seconds = min((each.every for each in intervals if each.unit == "second"), default=None)
+        self._clock = clock
+        self.happened()
 
-    def is_due(self, *, step: int, epoch: int, epoch_ended: bool, now: float) -> bool:
+    def happened(self) -> None:
+        """Count seconds from now on."""
+        self._since = self._clock()
+
+    def is_due(self, *, step: int, epoch: int, epoch_ended: bool) -> bool:
         """Whether one of the intervals ends here.
 
         Args:
             step: Completed steps.
             epoch: Completed epochs.
             epoch_ended: Whether this step completed that epoch.
-            now: Seconds on a clock that only goes forward.
         """
-        for interval in self.intervals:
-            if interval.unit == "epoch":
-                if epoch_ended and epoch % int(interval.every) == 0:
-                    return True
-            elif interval.unit == "step":
-                if step % int(interval.every) == 0:
-                    return True
-            elif now - self.last_time >= interval.every:
-                return True
-        return False
+        by_step = any(step % every == 0 for every in self._steps)
+        return (
+            by_step or (epoch_ended and any(epoch % every == 0 for every in self._epochs)) or self.is_late()
+        )
+
+    def is_late(self) -> bool:
+        """Whether an interval of time is over."""
+        return self._seconds is not None and self._clock() - self._since >= self._seconds
+
+    def next_step(self, step: int) -> float:
+        """The first step after `step` at which to ask whether anything is due, `is_late` apart."""
+        if self._seconds is not None and self._seconds < _SHORT_SECONDS:
+            return step + 1
+        return min((step - step % every + every for every in self._steps), default=math.inf)

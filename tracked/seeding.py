@@ -24,6 +24,19 @@ def derive(*parts: int | str) -> int:
     return int.from_bytes(digest, "little")
 
 
+def mixed(base: int, number: int) -> int:
+    """The 64-bit seed with a number in the sequence of a base: different for every number below 2^64.
+
+    SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators", 2014), because a hash
+    as in `derive` costs a step six times as much.
+    """
+    mask = 0xFFFFFFFFFFFFFFFF
+    z = (base + number * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
 def seed_generators(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators (CUDA's once it is in use).
 

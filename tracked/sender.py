@@ -42,6 +42,7 @@ from tracked.names import (
     HEARTBEAT,
     STATE,
     STOP_REASON,
+    folder_name,
     newest_attempt,
     step_of,
 )
@@ -118,9 +119,10 @@ class Delivery:
         self._start: dict[str, Any] = {}
         self._files_seen = self.reader.cursor("files")
         self._uploaded: Place | None = None
+        self._on_server: set[int] | None = None
         self._points_at_once = POINTS_IN_A_REQUEST
         self._ended = False
-        self._sent_points = 0.0
+        self._sent_points = time.monotonic()
         self._lease_until = 0.0
         self._about_lock = threading.Lock()
         self._open_lock = threading.Lock()
@@ -160,16 +162,17 @@ class Delivery:
                 command="",
                 trouble="",
             )
+        asked = _boot_seconds()
         if self._start["run_id"]:
-            self.view = self.server.get_run(self._start["run_id"])
-            if self._has_lease():
-                self.server.set_status(self.view.run_id, "RUNNING")
-                self.server.set_tags(self.view.run_id, self._start["tags"])
-                self._drop_tags(COMMAND, STOP_REASON)
+            view = self.server.get_run(self._start["run_id"])
+            if self._is_mine(view, asked):
+                self.server.set_status(view.run_id, "RUNNING")
+                self.server.set_tags(view.run_id, self._start["tags"])
+                self._drop_tags(view, COMMAND, STOP_REASON)
         else:
             tried = self.run.about.get("creating", False)
             self.tell(creating=True, handle=self.run.handle)
-            self.view = self.server.create_run(
+            view = self.server.create_run(
                 experiment=self._start["experiment"],
                 handle=self.run.handle,
                 name=self._start["name"],
@@ -177,22 +180,25 @@ class Delivery:
                 tags=self._start["tags"],
                 retry=tried,
             )
+            self._is_mine(view, asked)
+            if not tried:
+                self._on_server = set()
             reach("sender.run-created")
+        self.view = view  # only now: what failed on the way is done again
         self.tell(
-            run_id=self.view.run_id,
-            experiment_id=self.view.experiment_id,
-            url=self.server.url(self.view),
+            run_id=view.run_id,
+            experiment_id=view.experiment_id,
+            url=self.server.url(view),
             superseded=self.superseded,
             trouble="",
         )
         return True
 
-    def _drop_tags(self, *names: str) -> None:
+    def _drop_tags(self, view: RunView, *names: str) -> None:
         """Take away what no longer holds: an empty tag would still show."""
-        assert self.view is not None
         for name in names:
-            if name in self.view.tags:
-                self.server.drop_tag(self.view.run_id, name)
+            if name in view.tags:
+                self.server.drop_tag(view.run_id, name)
 
     def _read_start(self) -> dict[str, Any]:
         kept = self.folder / "start.json"  # the segment that began with it may be delivered and gone
@@ -218,7 +224,11 @@ class Delivery:
         assert self.view is not None
         asked = _boot_seconds()
         self.view = self.server.get_run(self.view.run_id)
-        number, nonce = newest_attempt(self.view.params)
+        return self._is_mine(self.view, asked)
+
+    def _is_mine(self, view: RunView, asked: float) -> bool:
+        """Whether the run's newest attempt, as seen by the look that began at `asked`, is this one."""
+        number, nonce = newest_attempt(view.params)
         mine = self._start["attempt"]
         if number > mine or (number == mine and nonce not in ("", self._start["nonce"])):
             self.superseded = True
@@ -356,13 +366,15 @@ class Delivery:
         """Upload, verify, and commit by the tag; False while points before it are not acknowledged."""
         assert self.view is not None
         run_id = self.view.run_id
-        local = self.run.checkpoints / f"step-{body['step']:08d}"
+        local = self.run.checkpoints / folder_name(body["step"])
         directory = f"checkpoints/{local.name}"
         if self._uploaded != end:
             if not (local / "checkpoint.pt").exists() or digest(local / "checkpoint.pt") != body["sha256"]:
                 # A newer one has taken its place while the server was away.
                 return True
             reach("sender.before-upload")
+            if self._on_server is not None:
+                self._on_server.add(body["step"])  # also if it stays half of one, superseded meanwhile
             try:
                 self.server.upload(run_id, local / "checkpoint.pt", directory)
                 reach("sender.mid-upload")
@@ -392,17 +404,18 @@ class Delivery:
     def _prune(self, keep: set[int]) -> None:
         """Delete this run's superseded checkpoints on the server, and nothing else."""
         assert self.view is not None
-        newest = max(keep)
-        for name in self.server.directories(self.view.run_id, "checkpoints"):
-            step = step_of(name)
-            # Newer ones are a newer attempt's, if this sender slept while its run was taken over.
-            if step is not None and step < newest and step not in keep:
-                self.server.delete(self.view.run_id, f"checkpoints/{name}")
+        if self._on_server is None:
+            names = self.server.directories(self.view.run_id, "checkpoints")
+            self._on_server = {step for name in names if (step := step_of(name)) is not None}
+        # Newer ones are a newer attempt's, if this sender slept while its run was taken over.
+        for step in sorted(step for step in self._on_server - keep if step < max(keep)):
+            self.server.delete(self.view.run_id, f"checkpoints/{folder_name(step)}")
+            self._on_server.discard(step)
 
     def _send_end(self, body: dict[str, Any]) -> None:
         assert self.view is not None
         self._ended = True  # no heartbeat may follow it
-        self._drop_tags(COMMAND)
+        self._drop_tags(self.view, COMMAND)
         self.server.set_tags(self.view.run_id, body["tags"])
         self.server.set_status(self.view.run_id, body["status"], body["end_time"])
         self.tell(ended=self.folder.name, state=body["tags"][STATE])
@@ -536,7 +549,7 @@ def main() -> None:
     lock = Lock(outbox.sender_lock)
     if not lock.acquire({"started": time.time()}):
         return
-    os.nice(19)  # the training goes first
+    children.give_way()
     from tracked.server import Server  # MLflow: seconds to import, so only by the one sender there is
 
     Sender(outbox, lock, Server(os.environ["TRACKED_SENDER_URI"])).serve()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import threading
+import time
 import uuid
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -62,6 +64,7 @@ _ENTRIES_A_REQUEST = 100
 _BYTES_A_REQUEST = 900_000  # MLflow's limit is 1 MB for the whole body
 _HISTORY_PAGE = 20_000
 _RUNS_A_PAGE = 1000
+_LOOK_AGAIN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Server:
         self._http = None if self._database else _Http(self.uri, timeout)
         self._opened: AbstractStore | None = _OneRequestStore(self._http) if self._http else None
         self._experiments: dict[str, str] = {}
+        self._artifact_uris: dict[str, tuple[float, str]] = {}
 
     # Runs
 
@@ -467,6 +471,7 @@ class Server:
             raise ServerRefused(
                 f"{self.place} answered without naming a run", expected="the answers of an MLflow server"
             )
+        self._artifact_uris[info.run_id] = time.monotonic(), info.artifact_uri
         return RunView(
             run_id=info.run_id,
             experiment_id=str(info.experiment_id),
@@ -487,9 +492,11 @@ class Server:
         )
 
     def _artifacts(self, run_id: str) -> _Artifacts:
-        # Asked each time: it also finds out within the short timeout whether the server is there, before a
-        # transfer that has to wait longer begins.
-        uri = self.get_run(run_id).artifact_uri
+        # Asked again after a while: it also finds out within the short timeout whether the server is there,
+        # before a transfer that has to wait longer begins.
+        seen, uri = self._artifact_uris.get(run_id, (-math.inf, ""))
+        if time.monotonic() - seen > _LOOK_AGAIN_SECONDS:
+            uri = self.get_run(run_id).artifact_uri
         if self._http and uri.startswith(("mlflow-artifacts:", "http:", "https:")):
             if uri.startswith("mlflow-artifacts:"):
                 uri = MlflowArtifactsRepository.resolve_uri(uri, self._http.host)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from tracked.names import EXACT, SETTINGS, STOP_REASON
 from tracked.params import as_text
 from tracked.pipe import Attempt, Pipe, Progress, Retention
 from tracked.provenance import boot_id, host_name
-from tracked.schedule import Due, Interval, Settings
+from tracked.schedule import Due, Settings
 from tracked.seeding import (
     derive,
     determinism,
@@ -31,6 +31,7 @@ from tracked.seeding import (
     environment,
     generator_states,
     make_deterministic,
+    mixed,
     restore_determinism,
     restore_generators,
     seed_generators,
@@ -97,16 +98,19 @@ class Run:
         self._batch = 0
         self._epoch_ends = False
         self._parts = Parts()
+        self._attention = False
+        self._next_due = 0.0
         self._wants_checkpoint = False
         self._improved = False
         self._leave: tuple[str, str] | None = None
         self._ends_after_step = ""
         self._looping = False
         self._over = False
-        self._due = Due([Interval.parse(text) for text in settings.checkpoint_every], time.monotonic())
+        self._due = Due(settings.checkpoint_every)
         self._restored = attempt.restored
         retention = Retention(settings.keep_last, settings.keep_best, self.stopping.mode)
         self._pipe = Pipe(attempt, retention, self.progress, drain_timeout)
+        self._points = self._pipe.points
         if self._restored is not None:
             self._continue(self._restored)
         self._pipe.open(self._beside)
@@ -146,7 +150,7 @@ class Run:
     @property
     def replayed_equal(self) -> int:
         """Recomputed points that an earlier attempt had delivered with the very same value."""
-        return self._pipe.points.replayed_equal
+        return self._points.replayed_equal
 
     @property
     def resumed_from(self) -> int | None:
@@ -178,7 +182,7 @@ class Run:
 
     def changed(self, values: Mapping[str, float]) -> dict[str, float]:
         """Those of `values` that differ from what was last logged under their key."""
-        return {key: value for key, value in values.items() if self._pipe.points.last(key) != value}
+        return {key: value for key, value in values.items() if self._points.last(key) != value}
 
     def attach(self, **parts: Any) -> None:
         """Name what is saved and resumed: anything with `state_dict` and `load_state_dict`.
@@ -198,6 +202,8 @@ class Run:
             self._parts.attach(name, part)
         if self._restored is not None:
             self._parts.restore(self._restored, tuple(parts))
+        else:
+            check_loadable(self._parts.capture())
 
     def batches(
         self,
@@ -272,17 +278,22 @@ class Run:
         lengths = [epochs * steps_in_epoch if epochs else None, max_steps]
         self.total_steps = min(length for length in lengths if length is not None)
         self._begin({"samples": batches.samples, "batch_size": batch_size, "accumulate": accumulate})
-        # Python's and NumPy's generators cost 50 µs to seed. Where no batch is built from them they go on as
-        # the streams they are, which a checkpoint keeps; else who builds the batch would decide what they give.
-        seed = seed_generators if batches.draws else seed_torch
+        count = len(batches)
         while self.step < self.total_steps and not self._ends_after_step:
             source = batches.epoch(self.epochs_done, self._batch)
             while window := list(islice(source, accumulate)):
+                self.step += 1
                 self._batch += len(window)
-                self._begin_step(epoch_ends=self._batch >= len(batches), seed=seed)
+                self._epoch_ends = self._batch >= count
+                # Python's and NumPy's generators cost 50 µs to seed. Where no batch is built from them they go on
+                # as the streams they are, which a checkpoint keeps; else who builds the batch would decide what
+                # they give.
+                if batches.draws:
+                    seed_generators(mixed(self._step_seeds, self.step))
+                else:
+                    seed_torch(mixed(self._step_seeds, self.step))
                 yield window
-                self._end_step()
-                if self.step >= self.total_steps or self._ends_after_step:
+                if (self._attention or self._epoch_ends or self.step >= self._next_due) and self._settle():
                     return
 
     def steps(self, count: int | None = None) -> Iterator[int]:
@@ -296,9 +307,11 @@ class Run:
             raise UsageError("steps() does not know how many", expected="steps(n), or --max-steps N")
         self._begin({})
         while self.step < self.total_steps and not self._ends_after_step:
-            self._begin_step(epoch_ends=False, seed=seed_generators)
+            self.step += 1
+            seed_generators(mixed(self._step_seeds, self.step))
             yield self.step
-            self._end_step()
+            if (self._attention or self.step >= self._next_due) and self._settle():
+                return
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Log numbers or one-element tensors at `step` (by default the one being made). Never waits.
@@ -307,14 +320,14 @@ class Run:
             MetricError: See `PointLog.log`.
         """
         step = self.step if step is None else step
-        self._pipe.points.log(step, values)
+        self._points.log(step, values)
         monitor = self.settings.monitor
         if monitor is not None and monitor in values:
             self.judge(float(values[monitor]))
 
     def require_finite(self, key: str) -> None:
         """Fail the run when a NaN or an infinity has been logged under `key`, also where reading it is deferred."""
-        self._pipe.points.must_be_finite.add(key)
+        self._points.must_be_finite.add(key)
 
     def judge(self, value: float) -> None:
         """Take the monitored value of an evaluation: a new best is saved, and patience may end the loop.
@@ -334,6 +347,7 @@ class Run:
                 f"no improvement of {self.settings.monitor} in {self.stopping.waited} evaluations"
             )
         self._improved = self.settings.keep_best > 0 and self.stopping.best_step == self.step
+        self._attention = True
 
     def log_artifact(self, path: str | Path, directory: str = "") -> None:
         """Have a copy of the file uploaded, as `directory/name` among the run's artifacts.
@@ -358,7 +372,7 @@ class Run:
 
     def save(self) -> None:
         """Have a checkpoint taken when this step ends."""
-        self._wants_checkpoint = True
+        self._wants_checkpoint = self._attention = True
 
     def request_leave(self, state: str, reason: str) -> None:
         """Ask the loop to checkpoint and leave when this step ends. May be called from a signal handler.
@@ -368,6 +382,7 @@ class Run:
             reason: Why; shown to the user and kept as a tag.
         """
         self._leave = self._leave or (state, reason)
+        self._attention = True
 
     def leave_at_once(self) -> None:
         """Do not wait, or not any longer, for the delivery at the end: the sender goes on by itself."""
@@ -451,11 +466,13 @@ class Run:
             raise UsageError("this run has had its loop", expected="one batches() or steps() loop in a run")
         self._looping = True
         self._data = data
+        self._step_seeds = derive(self.settings.seed, "step")
         if self.settings.deterministic:
             make_deterministic()
         if self._restored is None:
             seed_generators(derive(self.settings.seed, "loop"))
-            check_loadable(self._compose())
+            if self.state:
+                check_loadable({"state": self.state})
             self._take_checkpoint(wait=True)
         else:
             self._check_data(self._restored, data)
@@ -465,32 +482,37 @@ class Run:
             self._restored = None  # as large as the model and the optimizer
             if self._attempt.restored is not None:
                 self._attempt.restored = {"step": self.step}
-
-    def _begin_step(self, *, epoch_ends: bool, seed: Callable[[int], None]) -> None:
-        self.step += 1
-        self._epoch_ends = epoch_ends
         self._improved = False
-        seed(derive(self.settings.seed, "step", self.step))
+        self._plan_next()
 
-    def _end_step(self) -> None:
-        self.step_ended = True
-        if self._pipe.points.not_finite is not None:
-            raise not_finite(*self._pipe.points.not_finite)
-        epoch_ended = self._epoch_ends
-        if epoch_ended:
+    def _settle(self) -> bool:
+        """Do what is due between two steps; whether the training is over."""
+        self._attention = False  # first: what happens from here on is for the next step
+        if epoch_ended := self._epoch_ends:
             self.epochs_done, self._batch = self.epochs_done + 1, 0
             self._epoch_ends = False
         leave = self._leave  # may be set at any moment: what leaves has been saved
         if leave is not None and leave[0] == "superseded":
             raise self._taken()
         ends = self.step == self.total_steps or bool(self._ends_after_step) or leave is not None
-        now = time.monotonic()
-        due = self._due.is_due(step=self.step, epoch=self.epochs_done, epoch_ended=epoch_ended, now=now)
+        if ends and self._points.must_be_finite:
+            self._pipe.flush()  # reads what is still on the device
+        if self._points.not_finite is not None:
+            raise not_finite(*self._points.not_finite)
+        due = self._due.is_due(step=self.step, epoch=self.epochs_done, epoch_ended=epoch_ended)
         if due or ends or self._improved or self._wants_checkpoint:
-            self._due.last_time = now
+            self._due.happened()
             self._take_checkpoint(pinned=self._improved, wait=ends)
+        self._improved = False
+        self._plan_next()
         if leave is not None:
             raise Paused(*leave)
+        return ends
+
+    def _plan_next(self) -> None:
+        """Until the next step that something is due at, a step looks at nothing but `_attention`."""
+        last = math.inf if self.total_steps is None else self.total_steps
+        self._next_due = min(self._due.next_step(self.step), last)
 
     def _taken(self) -> RunTaken:
         return RunTaken(
@@ -507,15 +529,17 @@ class Run:
             "handle": self.handle,
             "attempt": self.attempt,
             "value": self.stopping.best if self.stopping.best_step == self.step else None,
-            "metrics": self._pipe.points.latest(),
-            "points": self._pipe.points.state_dict()["counts"],
+            "metrics": self._points.latest(),
+            "points": self._points.counts(),
             "environment": self._environment(),
         }
         taken = self._pipe.take_checkpoint(self._compose(), manifest, pinned=pinned, wait=wait)
         self._wants_checkpoint = not taken
+        if not taken:
+            self._attention = True
 
     def _compose(self) -> dict[str, Any]:
-        points = self._pipe.points.state_dict()
+        points = self._points.state_dict()
         return {
             "format": 1,
             "step": self.step,
@@ -545,7 +569,7 @@ class Run:
         self.step, self.epochs_done, self._batch = state["step"], state["epoch"], state["batch"]
         self.state = dict(state["state"])
         self.stopping.load_state_dict(state["stopping"])
-        self._pipe.points.load_state_dict(state["points"])
+        self._points.load_state_dict(state["points"])
         value = self.stopping.best if self.stopping.best_step == self.step else None
         self._pipe.retention.entries = [*state["checkpoints"], {"step": self.step, "value": value}]
 
@@ -574,13 +598,16 @@ class Run:
         """Take note of what the sender says, and show how far it is."""
         if said.get("superseded"):
             self._leave = ("superseded", "another process has taken the run over")
+            self._attention = True
         elif (command := said.get("command")) in ("pause", "stop"):
             self.request_leave("paused" if command == "pause" else "stopped", f"asked to {command}")
+        if self._due.is_late() or self._points.not_finite is not None:
+            self._attention = True
         self.progress.update(self)
 
     def latest(self) -> dict[str, float]:
         """The last value of each metric."""
-        return self._pipe.points.latest()
+        return self._points.latest()
 
     def pending(self) -> int:
         """Points that were logged and are not on the server yet."""
