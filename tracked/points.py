@@ -174,10 +174,10 @@ def _check_repeated(key: str, step: int, value: float | torch.Tensor, last: _Ser
 def _fetched(
     taken: list[tuple[str, int, int, float | torch.Tensor]],
 ) -> list[tuple[str, int, int, float]]:
-    tensors = [value for *_, value in taken if isinstance(value, torch.Tensor)]
     pending: dict[torch.device, list[torch.Tensor]] = {}
-    for value in tensors:
-        pending.setdefault(value.device, []).append(value.double().reshape(()))
+    for *_, value in taken:
+        if isinstance(value, torch.Tensor):
+            pending.setdefault(value.device, []).append(value.double().reshape(()))
     # CPU-GPU sync: one for everything that was logged since the last flush.
     arrived = {device: iter(torch.stack(values).tolist()) for device, values in pending.items()}
     return [

@@ -98,6 +98,7 @@ class Run:
         self._batch = 0
         self._epoch_ends = False
         self._parts = Parts()
+        # Raised, after its reason, by whoever has something to be done when this step ends, from any thread.
         self._attention = False
         self._next_due = 0.0
         self._wants_checkpoint = False
