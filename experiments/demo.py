@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tracked import spool
+from tracked.inspection import undelivered
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -111,30 +115,38 @@ def connect() -> MlflowClient:
 
 
 def kill_in_mid_epoch(victim: Training, client: MlflowClient, id_file: Path) -> tuple[str, int, int]:
-    """Kills `victim` once the server has points from beyond its second epoch's checkpoint.
+    """Kills `victim` beyond its second epoch, where points that the server has are beyond the last checkpoint.
+
+    It is stopped again and again to look at it, or it would be somewhere else by the time it is killed.
 
     Returns:
         Its run ID, the last step seen on the server, and the step of its last checkpoint.
     """
     deadline = time.monotonic() + TIMEOUT
+    run_id = ""
     while victim.process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-        run_id = id_file.read_text().strip() if id_file.exists() else ""
-        if not run_id:
+        time.sleep(0.1)
+        run_id = run_id or (id_file.read_text().strip() if id_file.exists() else "")
+        if not run_id or not client.get_metric_history(run_id, "train/loss"):
             continue
+        victim.process.send_signal(signal.SIGSTOP)
+        while not is_delivered(run_id) and time.monotonic() < deadline:
+            time.sleep(0.05)
         pointer = json.loads(client.get_run(run_id).data.tags.get("tracked.checkpoint", "{}"))
-        if pointer.get("epoch", 0) < 2:
-            continue
-        committed = int(pointer["step"])
         seen = max(point.step for point in client.get_metric_history(run_id, "train/loss"))
-        if seen >= committed + 20:
+        if pointer.get("epoch", 0) >= 2 and seen >= pointer["step"] + 20:
             victim.process.kill()
             victim.process.wait()
-            # Meanwhile another checkpoint may have been committed.
-            committed = int(json.loads(client.get_run(run_id).data.tags["tracked.checkpoint"])["step"])
-            return run_id, seen, committed
+            return run_id, seen, int(pointer["step"])
+        victim.process.send_signal(signal.SIGCONT)
     victim.process.kill()
     raise victim.failure("the training was over before it could be killed")
+
+
+def is_delivered(run_id: str) -> bool:
+    """Whether the server has all that this machine's spool has of a run."""
+    runs = [run for outbox in spool.outboxes(spool.root()) for run in outbox.runs()]
+    return not any(undelivered(run) for run in runs if run.about.get("run_id") == run_id)
 
 
 def check(whole: dict[str, object], resumed: dict[str, object], run_id: str) -> None:

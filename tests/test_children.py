@@ -56,11 +56,9 @@ def test_a_process_that_gives_way_does_so_to_other_sessions_too() -> None:
     asks += "print(open('/proc/self/autogroup').read() if os.path.exists('/proc/self/autogroup') else '')"
     process = children.start([sys.executable, "-c", asks], stdout=subprocess.PIPE, start_new_session=True)
     nice, _, group = process.communicate()[0].decode().partition("\n")
-    assert int(nice) == 19
-    if (
-        grouped := group.split()
-    ):  # a Linux that groups by session; in a group of nice 0, its own 19 is nothing
-        assert grouped[-2:] == ["nice", "19"]
+    assert int(nice) == children.NICENESS
+    if grouped := group.split():  # a Linux that groups by session; in a group of nice 0, its own is nothing
+        assert grouped[-2:] == ["nice", str(children.NICENESS)]
 
 
 def test_who_gives_way_leaves_the_session_of_others_alone() -> None:

@@ -100,13 +100,15 @@ def test_the_own_loop_as_an_experiment_file_resumes_exactly(nursery: Nursery, pl
     assert_same_training(place.tracking_uri, resumed["run_id"], reference)
 
 
-# Kills the script at its 60th step, once.
+# Kills the script at its 60th step, once, when the server has the checkpoint before it.
 KILLED_ONCE = """
-import os, pathlib, runpy, signal, tracked
+import os, pathlib, runpy, signal, time, tracked
 original, flag = tracked.Run.log, pathlib.Path("killed")
 def log(run, values, step=None):
     original(run, values, step)
     if run.step == 60 and not flag.exists():
+        while not run._attempt.folder.about.get("committed"):
+            time.sleep(0.01)
         flag.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 tracked.Run.log = log
@@ -119,22 +121,24 @@ def test_the_own_loop_as_a_script_is_killed_and_resumed_by_its_run_id(place: Wor
     (place.path / "killed.py").write_text(KILLED_ONCE)
     path = f"{place.path / 'experiments'}{os.pathsep}{ROOT}"
 
-    def script(*command: str) -> int:
-        return subprocess.run(
+    def script(*command: str, ends_with: int = 0) -> None:
+        done = subprocess.run(
             command,
             cwd=place.path,
             env=place.environment({"PYTHONPATH": path}),
             capture_output=True,
+            text=True,
             check=False,
             timeout=100,
-        ).returncode
+        )
+        assert done.returncode == ends_with, done.stdout + done.stderr
 
-    assert script(sys.executable, "experiments/own_loop.py") == 0
-    assert script(sys.executable, "killed.py") == -9
+    script(sys.executable, "experiments/own_loop.py")
+    script(sys.executable, "killed.py", ends_with=-9)
     resume = (sys.executable, "-m", "tracked.run", "resume")
     (box,) = place.outboxes()
     (handle,) = (run.handle for run in box.runs() if run.journals() or "state" not in run.about)
-    assert script(*resume, handle, "--", sys.executable, "experiments/own_loop.py") == 0
+    script(*resume, handle, "--", sys.executable, "experiments/own_loop.py")
 
     found = runs(place.tracking_uri, "digits")
     resumed, whole = (run.info.run_id for run in found)

@@ -469,12 +469,17 @@ class Sender:
         ]
         for thread in threads:
             thread.start()
+        given_way = False
         idle_since = time.monotonic()
         while time.monotonic() - idle_since < idle_seconds() and all(each.is_alive() for each in threads):
             if self._leaving.is_set() or not self.lock.is_in_place():
                 break  # the spool was deleted, and whatever stands there now has a sender of its own
             self._look_for_journals()
             self._close_done()
+            opened = [each.view is not None for each in self._current()]
+            if opened and all(opened) and not given_way:
+                children.give_way()  # not before: people wait for the run's ID
+                given_way = True
             if self.deliveries:
                 idle_since = time.monotonic()
             self._leaving.wait(POLL_SECONDS * 4)
@@ -549,7 +554,6 @@ def main() -> None:
     lock = Lock(outbox.sender_lock)
     if not lock.acquire({"started": time.time()}):
         return
-    children.give_way()
     from tracked.server import Server  # MLflow: seconds to import, so only by the one sender there is
 
     Sender(outbox, lock, Server(os.environ["TRACKED_SENDER_URI"])).serve()
