@@ -220,6 +220,26 @@ def test_a_sender_killed_at_a_named_point_loses_nothing_and_sends_nothing_twice(
         workplace.close()
 
 
+def test_a_sender_killed_before_it_deletes_a_delivered_journal_leaves_the_run_finished(
+    tmp_path: Path, nursery: Nursery
+) -> None:
+    workplace = Workplace(tmp_path, f"sqlite:///{tmp_path}/mlruns/mlflow.db")
+    workplace.experiment(EXPERIMENT)
+    try:
+        nursery.start_sender(workplace)
+        run_id = nursery.run(workplace, "train", "experiment.py", "--epochs", "1", "--json").json["run_id"]
+        workplace.end_senders()
+        sender = nursery.start_sender(workplace, {"TRACKED_FAILPOINT": "sender.before-delete"})
+        resumed = nursery.start(workplace, "resume", run_id, "--epochs", "2")
+        assert sender.wait().returncode == -signal.SIGKILL
+        nursery.start_sender(workplace)
+        assert resumed.wait().returncode == 0
+        run = only_run(workplace.tracking_uri)
+        assert (run.info.status, run.data.tags["tracked.state"]) == ("FINISHED", "finished")
+    finally:
+        workplace.close()
+
+
 def test_everything_killed_at_once_and_the_spool_lost_resumes_from_the_server_alone(
     tmp_path: Path, server_uri: str, nursery: Nursery, reference: tuple[Curves, dict[str, Any]]
 ) -> None:

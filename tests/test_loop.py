@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,11 +18,14 @@ from torch.utils.data import TensorDataset
 import tracked
 from tests.experiments import tiny
 from tests.trainings import Trained, fitting, train
+from tracked.attempts import rehearse
 from tracked.data import Batches
 from tracked.errors import LossNotFinite, UsageError
 from tracked.loop import choose_device, learning_rates
 from tracked.schedule import Settings
-from tracked.seeding import derive, mixed, seed_generators
+from tracked.seeding import derive, seed_generators, seeds
+from tracked.tracking import Paused, Run
+from tracked.training import leaving_on_signals
 
 SETTINGS = Settings(epochs=2, device="cpu", keep_last=100)
 INPUTS = torch.randn(22, 3, generator=torch.Generator().manual_seed(1))
@@ -51,6 +56,7 @@ def test_the_loop_computes_what_one_by_hand_does(accumulate: int, tmp_path: Path
     found = fitted(tmp_path, accumulate=accumulate, clip_norm=0.5)
     seed_generators(derive(0, "build"))
     by_hand, losses, step = task(), {}, 0
+    step_seeds = seeds(derive(0, "step"), 1)
     model, optimizer = by_hand.model, by_hand.optimizer
     batches = Batches(DATA, batch_size=4, seed=0)
     for epoch in range(2):
@@ -58,7 +64,7 @@ def test_the_loop_computes_what_one_by_hand_does(accumulate: int, tmp_path: Path
         while remaining:
             window, remaining = remaining[:accumulate], remaining[accumulate:]
             step += 1
-            seed_generators(mixed(derive(0, "step"), step))
+            seed_generators(next(step_seeds))
             samples = sum(len(inputs) for inputs, _ in window)
             parts = []
             for inputs, targets in window:
@@ -264,3 +270,34 @@ def test_a_training_whose_checkpoints_cannot_be_written_goes_on(
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="--device cpu"):
         choose_device(name)
+
+
+def test_a_training_killed_when_its_patience_had_ended_ends_there_when_resumed(tmp_path: Path) -> None:
+    def body(run: Run) -> None:
+        for step in run.steps(100):
+            run.log({"loss": float(step)})
+
+    settings = Settings(monitor="loss", patience=3, keep_last=100)
+    stopped = train(tmp_path, body, settings)
+    assert stopped.run.last_state == "stopped_early"
+
+    resumed = train(tmp_path, body, settings, stopped.last)
+
+    assert (resumed.run.step, resumed.run.last_state, resumed.points) == (4, "stopped_early", [])
+
+
+def test_a_signal_pauses_a_training_whose_terminal_is_gone(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    errors = os.dup(2)
+    with Run(rehearse(tmp_path, {}), Settings()) as run, leaving_on_signals(run):
+        os.dup2(writer, 2)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            os.dup2(errors, 2)
+        with pytest.raises(Paused):
+            list(run.steps(3))
+        assert run.step == 1
+    for each in (writer, errors):
+        os.close(each)

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,12 @@ from tracked.seeding import (
     differences,
     environment,
     generator_states,
-    mixed,
     one_thread,
     preserved_generators,
     restore_determinism,
     restore_generators,
     seed_generators,
+    seeds,
 )
 
 
@@ -51,8 +52,9 @@ def test_a_derived_seed_is_the_same_in_every_process_and_another_for_other_parts
 
 def test_the_numbers_of_a_base_give_seeds_that_differ_also_where_torch_looks() -> None:
     # SplitMix64's published values for the seed 1234567, which is the base here.
-    assert [mixed(1234567, number) for number in (1, 2)] == [6457827717110365317, 3203168211198807973]
-    low = {mixed(derive(0, "step"), number) & 0xFFFFFFFF for number in range(10_000)}
+    assert list(islice(seeds(1234567, 1), 2)) == [6457827717110365317, 3203168211198807973]
+    low = {number & 0xFFFFFFFF for number in islice(seeds(derive(0, "step"), 0), 10_000)}
+    assert list(islice(seeds(5, 1000), 3)) == list(islice(seeds(5, 1), 1002))[999:]
     assert len(low) > 9_980  # torch's generator on the CPU is seeded by 32 bits
 
 

@@ -87,6 +87,18 @@ def test_who_only_asks_keeps_nobody_from_taking_the_lock(tmp_path: Path) -> None
         child.kill()
 
 
+def test_two_who_ask_at_the_same_moment_do_not_take_each_other_for_a_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    ask = "import sys\nfrom pathlib import Path\nfrom tracked.spool import is_held\n"
+    ask += "print(sum(is_held(Path(sys.argv[1])) for _ in range(20_000)))"
+    both = [
+        subprocess.Popen([sys.executable, "-c", ask, path], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [each.communicate()[0] for each in both] == ["0\n", "0\n"]
+
+
 def test_a_holder_notices_that_its_spool_was_deleted(tmp_path: Path) -> None:
     folder = tmp_path / "outbox"
     folder.mkdir()

@@ -314,3 +314,95 @@ def test_an_attempt_claimed_over_http_has_one_winner_of_two(server_uri: str) -> 
     for run_id in runs:
         claimed = client.get_run(run_id).data.params["tracked.attempt.2"]
         assert claimed == ("left" if run_id in won[0] else "right")
+
+
+def test_a_run_that_another_has_just_claimed_is_watched_and_left_to_it(site: Site, away: Workplace) -> None:
+    run_id = site.nursery.run(away, *FAST, "--json").json["run_id"]
+    client = MlflowClient(site.uri)
+    client.log_param(run_id, "tracked.attempt.2", "another's")  # it is loading the checkpoint
+    more = ("resume", run_id, "--epochs", "21")
+
+    late = site.nursery.start(away, *more, env={"TRACKED_WATCH": "20"})
+    wait_until(lambda: "watching for 20 s" in late.errors, "the watch")
+    client.update_run(run_id, "RUNNING")
+    client.set_tag(run_id, "mlflow.tracked.heartbeat", "1")
+    result = late.wait()
+    assert result.returncode == 2, result
+    assert "is being trained by" in result.stderr
+
+    # It falls silent: after its last points may have come, the run is free.
+    client.update_run(run_id, "KILLED")
+    assert site.nursery.run(away, *more, "--json", env={"TRACKED_WATCH": "2"}).json["state"] == "finished"
+    params = client.get_run(run_id).data.params
+    assert {name for name in params if name.startswith("tracked.attempt.")} == {
+        "tracked.attempt.2",
+        "tracked.attempt.3",
+    }
+    assert_whole(site.uri, run_id)
+
+
+def test_a_resume_that_was_refused_here_keeps_the_next_one_not_waiting(site: Site, home: Workplace) -> None:
+    run_id = site.nursery.run(home, *FAST, "--json").json["run_id"]
+    refused = site.nursery.run(home, "resume", run_id, "--epochs", "21", "--seed", "5", check=False)
+    assert "was trained with seed 0" in refused.stderr
+
+    result = site.nursery.run(home, "resume", run_id, "--epochs", "21")
+
+    assert "watching" not in result.stderr
+    assert_whole(site.uri, run_id)
+
+
+# Logs each loss one step late, as one does who does not want to wait for it; dies at step 13, once.
+LATE = """
+import os, signal, threading
+from pathlib import Path
+import torch
+from torch.utils.data import TensorDataset
+import tracked
+
+def main(run, params):
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    run.attach(model=model, optimizer=optimizer)
+    inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+    for (batch,) in run.batches(TensorDataset(inputs), batch_size=4):
+        if "late" in run.state:
+            run.log({"loss": run.state["late"]}, step=run.step - 1)
+        if run.step == 13 and not Path("died").exists():
+            Path("died").touch()
+            while run._attempt.said().get("points", 0) < 12 or run._attempt.said().get("committed") != 10:
+                threading.Event().wait(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss = model(batch).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.state["late"] = float(loss)
+"""
+
+
+def test_points_that_are_logged_a_step_late_stand_once_after_a_resume(site: Site, home: Workplace) -> None:
+    file = home.experiment(LATE, "late.py")
+    trainer = site.nursery.start(home, "train", file, "--epochs", "2", "--checkpoint-every", "5 steps")
+    handle = handle_of(trainer)
+    assert trainer.wait().returncode == -signal.SIGKILL
+    result = site.nursery.run(home, "resume", handle, "--json").json
+
+    assert (result["resumed_from"], result["replayed_equal"]) == (10, 3)
+    found = assert_whole(site.uri, result["run_id"])
+    assert [step for step, _ in found["loss"]] == list(range(1, 32))
+
+
+def test_a_keyed_run_that_died_before_its_first_checkpoint_is_followed_by_another(
+    site: Site, home: Workplace
+) -> None:
+    once = "    if not Path('failed').exists():\n        Path('failed').touch()\n        raise OSError('no data')\n"
+    file = home.experiment(EXPERIMENT.replace("    inputs =", once + "    inputs =", 1), "keyed.py")
+    line = ("train", file, "--epochs", "1", "--run-key", uuid.uuid4().hex, "--json")
+
+    assert site.nursery.run(home, *line, check=False).returncode == 1
+    let_go(home)
+    second = site.nursery.run(home, *line)
+
+    assert "ended before its first checkpoint; a new one begins" in second.stderr
+    assert second.json["state"] == "finished"

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 
 from tracked import checkpoint, loop, names
+from tracked.attempts import rehearse
 from tracked.experiment import Task
 from tracked.journal import Reader
-from tracked.pipe import Attempt
 from tracked.schedule import Settings
 from tracked.seeding import derive, seed_generators
-from tracked.spool import Lock, Outbox, RunFolder
 from tracked.tracking import Run
 from tracked.training import compare_states
 
@@ -76,23 +75,8 @@ def fitting(task: Callable[[], Task]) -> Body:
 def train(root: Path, body: Body, settings: Settings, restored: State | None = None) -> Trained:
     """One attempt at a run, fresh or from `restored`."""
     scatter_generators()
-    folder = RunFolder(root / f"{uuid.uuid4().hex}/runs/{uuid.uuid4().hex}")
-    folder.make()
-    lock = Lock(folder.lock)
-    assert lock.acquire()
-    number = 1 if restored is None else 2
-    attempt = Attempt(
-        Outbox(folder.path.parent.parent),
-        "",
-        folder,
-        lock,
-        number,
-        uuid.uuid4().hex,
-        {"run_id": None},
-        {},
-        restored=restored,
-        delivers=False,
-    )
+    attempt = rehearse(root / uuid.uuid4().hex, {}, restored)
+    folder = attempt.folder
     with _EveryCheckpoint(attempt, settings) as run:
         body(run)
     points = [

@@ -8,10 +8,12 @@ claim the attempt by a param that can be written once, and only then read checkp
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tracked import sender, spool
@@ -43,7 +45,7 @@ from tracked.names import (
 from tracked.pipe import Attempt
 from tracked.place import Place
 from tracked.points import Replay
-from tracked.spool import Lock, Outbox, RunFolder, read_json
+from tracked.spool import Lock, Outbox, RunFolder, read_json, write_json
 from tracked.tracking import host_and_process
 
 if TYPE_CHECKING:
@@ -73,6 +75,19 @@ def begin(
         "nonce": nonce,
     }
     return Attempt(outbox, place.tracking_uri, folder, lock, 1, nonce, start, params)
+
+
+def rehearse(root: Path, params: dict[str, Any], restored: dict[str, Any] | None = None) -> Attempt:
+    """An attempt in a spool of its own at `root`, fresh or from `restored`, that is never delivered."""
+    folder = RunFolder(root / "runs" / uuid.uuid4().hex)
+    folder.make()
+    lock = Lock(folder.lock)
+    lock.acquire()
+    number, nonce = 1 if restored is None else 2, uuid.uuid4().hex
+    start: dict[str, Any] = {"run_id": None}
+    return Attempt(
+        Outbox(root), "", folder, lock, number, nonce, start, params, restored=restored, delivers=False
+    )
 
 
 def take_over(
@@ -121,16 +136,24 @@ def take_over(
     try:
         local = [each for box in spool.outboxes(place.spool) for each in box.runs() if each.handle == handle]
         drain(place, local, say)
-        view = ask(lambda: _free(server, view.run_id, say))
+        known = str(folder.about.get("claimed", ""))  # by a process here, which is over: its lock is ours
+        view = ask(lambda: watch(server, view.run_id, say, known))
         before_claim(view)
+        silent = _is_silent(view, known)
+        if silent and ask(lambda: server.get_run(view.run_id)).status == "RUNNING":
+            raise _taken(view.run_id, "another process, which was quicker")
         if pointed(view) is None:
             raise _no_checkpoint(view)
         number, nonce = newest_attempt(view.params)[0] + 1, uuid.uuid4().hex
+        write_json(folder.path / "run.json", {**folder.about, "claimed": nonce})
         ask(lambda: _claim(server, view.run_id, number, nonce))
-        # After the claim nobody else adds points, so what stands there now is all there will be.
+        if silent:
+            # Its sender, if it lives, looked at the run a moment ago and may send for a while.
+            time.sleep(sender.grace_seconds())
+        # From here on nobody else adds points, so what stands there now is all there will be.
         view = ask(lambda: server.get_run(view.run_id))
         state = ask(lambda: restore(server, view, folder, say))
-        replay = ask(lambda: _beyond(server, view, state["step"]))
+        replay = ask(lambda: _beyond(server, view, state["points"]["last"]))
     except BaseException:
         lock.release()
         raise
@@ -215,20 +238,36 @@ def drain(place: Place, runs: list[RunFolder], say: Say, *, patience: float = 60
             time.sleep(0.05)
 
 
-def _free(server: Server, run_id: str, say: Say) -> RunView:
-    """The run, once nobody trains it: it has ended, or its heartbeat stands still on our own clock."""
+def watch(server: Server, run_id: str, say: Say, known: str = "") -> RunView:
+    """The run, once nobody trains it: it has ended, or its heartbeat stands still on our own clock.
+
+    Args:
+        server: Where it stands.
+        run_id: Its ID.
+        say: Told what is waited for.
+        known: The nonce of an attempt that is over for certain.
+
+    Raises:
+        RunTaken: Somebody does.
+    """
     view = server.get_run(run_id)
     seen, deadline = view.tags.get(HEARTBEAT), time.monotonic() + sender.watch_seconds()
-    if view.status == "RUNNING":
+    if view.status == "RUNNING" or _is_silent(view, known):
         say(
             f"the run is marked as running; watching for {sender.watch_seconds():g} s whether somebody trains it"
         )
-    while view.status == "RUNNING" and time.monotonic() < deadline:
+    while (view.status == "RUNNING" or _is_silent(view, known)) and time.monotonic() < deadline:
         time.sleep(min(1.0, sender.watch_seconds() / 4))
         view = server.get_run(run_id)
         if view.tags.get(HEARTBEAT) != seen and view.status == "RUNNING":
             raise _taken(run_id, view.tags.get(HOLDER, "a process elsewhere"))
     return view
+
+
+def _is_silent(view: RunView, known: str) -> bool:
+    """Whether the newest attempt has claimed the run, and said nothing yet: it is loading, or was killed then."""
+    number, nonce = newest_attempt(view.params)
+    return nonce != known and str(number) != view.tags.get(ATTEMPT, "1")
 
 
 def _claim(server: Server, run_id: str, number: int, nonce: str) -> None:
@@ -318,12 +357,14 @@ def _candidates(
     return sorted(found.items(), reverse=True)
 
 
-def _beyond(server: Server, view: RunView, step: int) -> Replay:
-    """Every point that stands on the server beyond `step`."""
+def _beyond(server: Server, view: RunView, last: Mapping[str, tuple[int, float]]) -> Replay:
+    """Every point that stands on the server beyond the checkpoint's last one of the same key."""
+    # Not beyond its step: what is logged one step late has fewer points there.
+    known = {key: last[key][0] if key in last else -math.inf for key in view.latest}
     return {
-        key: {at: value for at, _, value in server.history(view.run_id, key) if at > step}
+        key: {at: value for at, _, value in server.history(view.run_id, key) if at > known[key]}
         for key, latest in view.latest.items()
-        if latest.step > step
+        if latest.step > known[key]
     }
 
 

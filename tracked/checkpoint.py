@@ -116,6 +116,12 @@ class _Slot:
             self.size = size
         return self.tensor
 
+    def free(self) -> None:
+        """Give the memory back."""
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        self.size = 0
+        os.close(self.fd)
+
 
 def _copy(storages: list[tuple[str, torch.UntypedStorage]], slot: _Slot) -> list[tuple[str, int, int]]:
     layout, end = [], 0
@@ -216,6 +222,8 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
         self._stop_process()
+        for slot in self._slots:
+            slot.free()
 
     def _run(self) -> None:
         while True:

@@ -255,7 +255,10 @@ class Pipe:
             )
         if said.get("rejected"):
             self._tell_once("rejected", f"the server found a record invalid: {said.get('rejected_reason')}")
-        beside(said)
+        try:
+            beside(said)
+        except Exception as error:  # noqa: BLE001 - whatever a display raises, points are journaled
+            self._tell_once(f"beside {error}", f"beside the training: {type(error).__name__}: {error}")
 
     def _tell_failed(self, reason: str) -> None:
         self._tell_once(

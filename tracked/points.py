@@ -80,11 +80,12 @@ class PointLog:
 
     def latest(self) -> dict[str, float]:
         """The last value of each key."""
-        return {key: float(series.value) for key, series in self._series.items()}
+        # A copy, here and below: `log` may add a key while a value is fetched from its device.
+        return {key: float(series.value) for key, series in list(self._series.items())}
 
     def counts(self) -> dict[str, int]:
         """How many points each key has."""
-        return {key: series.count for key, series in self._series.items()}
+        return {key: series.count for key, series in list(self._series.items())}
 
     def drain(self) -> list[tuple[str, int, int, float]]:
         """Take out what was logged, less what already stands on the server."""
@@ -178,8 +179,16 @@ def _fetched(
     for *_, value in taken:
         if isinstance(value, torch.Tensor):
             pending.setdefault(value.device, []).append(value.double().reshape(()))
-    # CPU-GPU sync: one for everything that was logged since the last flush.
-    arrived = {device: iter(torch.stack(values).tolist()) for device, values in pending.items()}
+    try:
+        # CPU-GPU sync: one for everything that was logged since the last flush.
+        arrived = {device: iter(torch.stack(values).tolist()) for device, values in pending.items()}
+    except RuntimeError:
+        # The device has failed, as the training is about to find out: what is on it cannot be read any more.
+        return [
+            (key, step, timestamp, value)
+            for key, step, timestamp, value in taken
+            if not isinstance(value, torch.Tensor)
+        ]
     return [
         (key, step, timestamp, next(arrived[value.device]) if isinstance(value, torch.Tensor) else value)
         for key, step, timestamp, value in taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,16 +29,20 @@ class Bar(Progress):
         self._bar: tqdm[Any] | None = None
 
     def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal, or the other end of a pipe, that is gone
+            tqdm.write(text, file=sys.stderr)
 
     def warn(self, text: str) -> None:
-        tqdm.write(f"warning: {text}", file=sys.stderr)
+        self.say(f"warning: {text}")
 
     def identify(self, run_id: str, url: str) -> None:
         self.say(f"run {run_id}  {url or '(open it with `python -m tracked.run ui`)'}")
         if self._run_id_file is not None:
-            self._run_id_file.parent.mkdir(parents=True, exist_ok=True)
-            self._run_id_file.write_text(f"{run_id}\n")
+            try:
+                self._run_id_file.parent.mkdir(parents=True, exist_ok=True)
+                self._run_id_file.write_text(f"{run_id}\n")
+            except OSError as error:
+                self.warn(f"{self._run_id_file} cannot be written: {error.strerror}")
 
     def update(self, run: Run) -> None:
         if not self._show or run.total_steps is None:
@@ -53,7 +58,8 @@ class Bar(Progress):
             shown["undelivered"] = f"{pending} ({run.trouble()})" if run.trouble() else str(pending)
         self._bar.set_postfix(shown, refresh=False)
         self._bar.n = run.step
-        self._bar.refresh()
+        with contextlib.suppress(OSError):
+            self._bar.refresh()
 
     def close(self) -> None:
         if self._bar is not None:

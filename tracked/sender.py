@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 POINTS_IN_A_REQUEST = 1000
 POLL_SECONDS = 0.05
 GATHER_SECONDS = 1.0
+REQUEST_SECONDS = 5.0  # what `Server` grants a request
 LONGEST_BACK_OFF = 5.0
 
 
@@ -70,6 +71,11 @@ def watch_seconds() -> float:
 def lease_seconds() -> float:
     """How long a look at the run's newest attempt counts: less than a newcomer watches before it claims."""
     return min(10.0, watch_seconds() / 3)
+
+
+def grace_seconds() -> float:
+    """How long after its run was claimed by a newer attempt a sender's last points may still arrive."""
+    return lease_seconds() + REQUEST_SECONDS
 
 
 def idle_seconds() -> float:
@@ -165,7 +171,9 @@ class Delivery:
         asked = _boot_seconds()
         if self._start["run_id"]:
             view = self.server.get_run(self._start["run_id"])
-            if self._is_mine(view, asked):
+            # A sender before this one may have sent the end, and was killed before it deleted the journal.
+            self._ended = self.run.about.get("ended") == self.folder.name
+            if self._is_mine(view, asked) and not self._ended:
                 self.server.set_status(view.run_id, "RUNNING")
                 self.server.set_tags(view.run_id, self._start["tags"])
                 self._drop_tags(view, COMMAND, STOP_REASON)
@@ -440,6 +448,7 @@ class Delivery:
         elif self.run.about.get("ended") != self.folder.name:
             crashed = {STATE: "crashed", STOP_REASON: "the training process was killed or died"}
             self._send_end({"status": "FAILED", "end_time": int(time.time() * 1000), "tags": crashed})
+        reach("sender.before-delete")
         shutil.rmtree(self.folder, ignore_errors=True)
         return True
 

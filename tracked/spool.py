@@ -103,7 +103,8 @@ def is_held(path: Path) -> bool:
     except OSError as error:
         raise unusable(path, error) from error
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Shared, so that of two who ask at the same moment neither takes the other for a holder.
+        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return True
     finally:

@@ -39,7 +39,12 @@ class Stopping:
             self.best, self.best_step, self.waited = value, step, 0
             return "go on"
         self.waited += 1
-        return "patience" if self.patience is not None and self.waited >= self.patience else "go on"
+        return "patience" if self.is_out_of_patience else "go on"
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether the training is to end, as the last verdict said."""
+        return self.patience is not None and self.waited >= self.patience
 
     def _improves(self, value: float) -> bool:
         if self.best is None:

@@ -31,11 +31,11 @@ from tracked.seeding import (
     environment,
     generator_states,
     make_deterministic,
-    mixed,
     restore_determinism,
     restore_generators,
     seed_generators,
     seed_torch,
+    seeds,
 )
 from tracked.state import Parts
 from tracked.stopping import Stopping
@@ -290,9 +290,9 @@ class Run:
                 # as the streams they are, which a checkpoint keeps; else who builds the batch would decide what
                 # they give.
                 if batches.draws:
-                    seed_generators(mixed(self._step_seeds, self.step))
+                    seed_generators(next(self._step_seeds))
                 else:
-                    seed_torch(mixed(self._step_seeds, self.step))
+                    seed_torch(next(self._step_seeds))
                 yield window
                 if (self._attention or self._epoch_ends or self.step >= self._next_due) and self._settle():
                     return
@@ -309,7 +309,7 @@ class Run:
         self._begin({})
         while self.step < self.total_steps and not self._ends_after_step:
             self.step += 1
-            seed_generators(mixed(self._step_seeds, self.step))
+            seed_generators(next(self._step_seeds))
             yield self.step
             if (self._attention or self.step >= self._next_due) and self._settle():
                 return
@@ -343,12 +343,15 @@ class Run:
                 expected="a number",
                 try_next="a new run with a smaller learning rate",
             )
-        if verdict == "patience":
+        self._heed_patience()
+        self._improved = self.settings.keep_best > 0 and self.stopping.best_step == self.step
+        self._attention = True
+
+    def _heed_patience(self) -> None:
+        if self.stopping.is_out_of_patience:
             self._ends_after_step = (
                 f"no improvement of {self.settings.monitor} in {self.stopping.waited} evaluations"
             )
-        self._improved = self.settings.keep_best > 0 and self.stopping.best_step == self.step
-        self._attention = True
 
     def log_artifact(self, path: str | Path, directory: str = "") -> None:
         """Have a copy of the file uploaded, as `directory/name` among the run's artifacts.
@@ -467,7 +470,7 @@ class Run:
             raise UsageError("this run has had its loop", expected="one batches() or steps() loop in a run")
         self._looping = True
         self._data = data
-        self._step_seeds = derive(self.settings.seed, "step")
+        self._step_seeds = seeds(derive(self.settings.seed, "step"), self.step + 1)
         if self.settings.deterministic:
             make_deterministic()
         if self._restored is None:
@@ -480,6 +483,7 @@ class Run:
             self._compare_environment(self._restored)
             restore_determinism(self._restored["determinism"])
             restore_generators(self._restored["generators"])
+            self._heed_patience()  # it may have been killed between the last step and its end
             self._restored = None  # as large as the model and the optimizer
             if self._attempt.restored is not None:
                 self._attempt.restored = {"step": self.step}
@@ -554,14 +558,20 @@ class Run:
             "points": points,
             "state": self.state,
             "stopping": self.stopping.state_dict(),
-            "checkpoints": [
-                {key: each[key] for key in ("step", "value")} for each in self._pipe.retention.entries
-            ],
+            "checkpoints": self._kept(),
             "data": self._data,
             "params": self._attempt.params,
             "settings": asdict(self.settings),
             "about": self._attempt.about,
         }
+
+    def _kept(self) -> list[dict[str, Any]]:
+        """Step and value of the checkpoints to keep, before the one that is being taken."""
+        kept = [{key: each[key] for key in ("step", "value")} for each in self._pipe.retention.entries]
+        best = {"step": self.stopping.best_step, "value": self.stopping.best}
+        # The best one may be on its way to the disk still.
+        was_taken = self.settings.keep_best > 0 and 0 < self.stopping.best_step < self.step
+        return [*kept, best] if was_taken and best not in kept else kept
 
     def _environment(self) -> dict[str, str]:
         return environment(self._parts.device())

@@ -9,7 +9,6 @@ import os
 import signal
 import tempfile
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from tracked import experiment as experiments
 from tracked import loop, params, provenance
-from tracked.attempts import Asking, begin, drain, pointed, take_over
+from tracked.attempts import Asking, begin, drain, pointed, rehearse, take_over, watch
 from tracked.checkpoint import load
 from tracked.deferred_compiler import defer_compiler
 from tracked.errors import CheckpointError, UsageError
@@ -30,7 +29,7 @@ from tracked.pipe import Attempt, Progress
 from tracked.place import Place
 from tracked.schedule import Settings
 from tracked.seeding import derive, seed_generators
-from tracked.spool import Lock, Outbox, RunFolder, read_json
+from tracked.spool import read_json
 from tracked.tracking import Paused, Run
 
 if TYPE_CHECKING:
@@ -87,7 +86,10 @@ def train(path: Path, request: Request) -> Run:
             raise NothingLeft(
                 view, f"run {view.run_id} of key {request.run_key!r} is {state}: nothing is left to do"
             )
-        return resume(view.run_id, replace(request, file=path, settings={}, overrides=[]))
+        if pointed(view) is not None:
+            return resume(view.run_id, replace(request, file=path, settings={}, overrides=[]))
+        # Ended before its first checkpoint was on the server: there is nothing to resume, now or ever.
+        _wait_for_its_end(request, view)
     settings = Settings(**request.settings)
     loop.choose_device(settings.device)
     about = experiments.describe(experiment)
@@ -110,6 +112,19 @@ def train(path: Path, request: Request) -> Run:
         run.log_artifact(experiment.path, "source")
         _carry_out(experiment, values, run)
     return run
+
+
+def _wait_for_its_end(request: Request, view: RunView) -> None:
+    """Make sure that nobody trains a run that cannot be resumed.
+
+    Raises:
+        RunTaken: Somebody does.
+    """
+    from tracked.server import Server
+
+    server = Server(request.place.tracking_uri, create=False)
+    Asking(request.progress.say, math.inf)(lambda: watch(server, view.run_id, request.progress.say))
+    request.progress.say(f"run {view.run_id} of the key ended before its first checkpoint; a new one begins")
 
 
 def _run_of_key(request: Request) -> RunView | None:
@@ -312,7 +327,8 @@ def leaving_on_signals(run: Run) -> Iterator[None]:
         name = signal.Signals(number).name
         run.request_leave("paused", name)
         # A handler must not use the bar's lock, which the interrupted code may hold.
-        os.write(2, f"\n{name}: a checkpoint is taken after this step, then the run is paused\n".encode())
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended what reads our words
+            os.write(2, f"\n{name}: a checkpoint is taken after this step, then the run is paused\n".encode())
 
     before = {each: signal.signal(each, leave) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -508,26 +524,10 @@ def check(path: Path, request: Request) -> tuple[int, int]:
 def _check_run(
     root: Path, experiment: Experiment, values: Any, settings: Settings, state: dict[str, Any] | None
 ) -> Path:
-    folder = RunFolder(root / "runs" / uuid.uuid4().hex)
-    folder.make()
-    lock = Lock(folder.lock)
-    lock.acquire()
-    number = 1 if state is None else 2
-    attempt = Attempt(
-        Outbox(root),
-        "",
-        folder,
-        lock,
-        number,
-        uuid.uuid4().hex,
-        {"run_id": None},
-        params.flatten(values),
-        restored=state,
-        delivers=False,
-    )
+    attempt = rehearse(root, params.flatten(values), state)
     with Run(attempt, settings) as run:
         _carry_out(experiment, values, run)
-    return folder.checkpoints
+    return attempt.folder.checkpoints
 
 
 def compare_states(a: Any, b: Any, where: str = "") -> tuple[int, list[str]]:
