@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.nursery import Nursery
 from tests.processes import Workplace
 from tests.servers import MlflowServer, end_group
 
@@ -63,17 +64,24 @@ def own_server(tmp_path: Path) -> Iterator[MlflowServer]:
     server.kill()
 
 
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """The process that commands are forked from; each worker of pytest-xdist has one."""
+    with Nursery() as nursery:
+        yield nursery
+
+
 @pytest.fixture
-def workplace(tmp_path: Path) -> Iterator[Workplace]:
+def workplace(tmp_path: Path, nursery: Nursery) -> Iterator[Workplace]:
     """A folder in which commands run, against an SQLite file in it."""
-    place = Workplace(tmp_path, f"sqlite:///{tmp_path}/mlruns/mlflow.db")
+    place = Workplace(tmp_path, f"sqlite:///{tmp_path}/mlruns/mlflow.db", nursery=nursery)
     yield place
     place.close()
 
 
 @pytest.fixture
-def remote_workplace(tmp_path: Path, server_uri: str) -> Iterator[Workplace]:
+def remote_workplace(tmp_path: Path, server_uri: str, nursery: Nursery) -> Iterator[Workplace]:
     """A folder in which commands run, against the session's MLflow server."""
-    place = Workplace(tmp_path, server_uri)
+    place = Workplace(tmp_path, server_uri, nursery=nursery)
     yield place
     place.close()

@@ -186,6 +186,7 @@ if __name__ == "__main__":
         "tracked.training",
         "tracked.progress",
         "tracked.upkeep",
+        "tracked.inspection",
     ):
         importlib.import_module(module)
     _serve(sys.stdin, sys.stdout)

@@ -13,10 +13,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tracked import spool
 from tracked.spool import Outbox
+
+if TYPE_CHECKING:
+    from tests.nursery import Nursery
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
@@ -76,6 +79,7 @@ class Workplace:
     path: Path
     tracking_uri: str
     env: dict[str, str] = field(default_factory=dict)
+    nursery: Nursery | None = None
     _started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
@@ -123,7 +127,11 @@ class Workplace:
         env: Mapping[str, str] | None = None,
         timeout: float = 90.0,
     ) -> Result:
-        """Run a command to its end; with `check`, it must exit with 0."""
+        """Run a command to its end, forked by the nursery if there is one; with `check`, it must exit with 0."""
+        if self.nursery is not None and args:
+            if args[:1] in (("train",), ("resume",)) and not self.sender_pids():
+                self.nursery.start_sender(self, env)
+            return self.nursery.run(self, *map(str, args), check=check, env=env, seconds=timeout)
         process = self.start(*args, env=env)
         stdout, stderr = process.communicate(timeout=timeout)
         result = Result(process.returncode, stdout, stderr)

@@ -66,13 +66,12 @@ def end_senders(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+def trained(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[Trained]:
     path = tmp_path_factory.mktemp("trained")
     workplace = Workplace(path, f"sqlite:///{path}/mlruns/mlflow.db")
     line = ("--epochs", "2", "--keep-last", "1", "--keep-best", "0", "--json")
-    with Nursery() as nursery:
-        result = nursery.run(workplace, "train", workplace.experiment(), *line)
-        yield Trained(nursery, workplace, result.json["run_id"])
+    result = nursery.run(workplace, "train", workplace.experiment(), *line)
+    yield Trained(nursery, workplace, result.json["run_id"])
     workplace.close()
 
 

@@ -68,20 +68,19 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[Stage]:
     path = tmp_path_factory.mktemp("stage")
     server = MlflowServer(path / "server")
     server.launch()
     workplace = Workplace(path, server.uri, {"TRACKED_SENDER_IDLE": "30"})
     try:
-        with Nursery() as nursery:
-            workplace.experiment(EXPERIMENT)
-            nursery.start_sender(workplace)
-            server.wait_until_healthy()
-            result = nursery.run(workplace, "train", "experiment.py", *LINE, "--json")
-            run_id = result.json["run_id"]
-            reference = assert_whole(server.uri, run_id), state(server.uri, run_id)
-            yield Stage(server, workplace, nursery, reference)
+        workplace.experiment(EXPERIMENT)
+        nursery.start_sender(workplace)
+        server.wait_until_healthy()
+        result = nursery.run(workplace, "train", "experiment.py", *LINE, "--json")
+        run_id = result.json["run_id"]
+        reference = assert_whole(server.uri, run_id), state(server.uri, run_id)
+        yield Stage(server, workplace, nursery, reference)
     finally:
         workplace.close()
         server.kill()

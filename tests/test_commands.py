@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.nursery import Nursery
 from tests.processes import Workplace, wait_until
 from tests.servers import MlflowServer, free_port
 from tracked import inspection, upkeep
@@ -61,10 +62,10 @@ def logged_run(workplace: Workplace, **tags: str) -> RunView:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workplace, str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[tuple[Workplace, str]]:
     """A run that has finished; tests only look at it."""
     path = tmp_path_factory.mktemp("finished")
-    workplace = Workplace(path, f"sqlite:///{path}/mlruns/mlflow.db")
+    workplace = Workplace(path, f"sqlite:///{path}/mlruns/mlflow.db", nursery=nursery)
     result = workplace.tracked("train", workplace.experiment(), "--epochs", 2, "--json")
     workplace.end_senders()
     yield workplace, result.json["run_id"]
@@ -118,6 +119,7 @@ def test_a_command_line_that_cannot_work_ends_with_2(workplace: Workplace, line:
 
 
 def test_without_a_database_list_says_how_to_make_a_run_and_makes_nothing(workplace: Workplace) -> None:
+    workplace.nursery = None  # which makes files of its own in the folder
     result = workplace.tracked("list")
 
     assert "no runs yet: python -m tracked.run train" in result.stdout
@@ -125,6 +127,7 @@ def test_without_a_database_list_says_how_to_make_a_run_and_makes_nothing(workpl
 
 
 def test_without_a_database_no_run_is_found(workplace: Workplace) -> None:
+    workplace.nursery = None  # which makes files of its own in the folder
     result = workplace.tracked("show", "last", check=False)
 
     assert result.returncode == 1
@@ -291,9 +294,9 @@ def test_what_is_not_whole_is_told_and_the_exit_is_1(workplace: Workplace) -> No
 
 
 def test_a_run_that_never_reached_its_server_is_listed_synced_and_whole(
-    tmp_path: Path, own_server: MlflowServer
+    tmp_path: Path, own_server: MlflowServer, nursery: Nursery
 ) -> None:
-    workplace = Workplace(tmp_path, own_server.uri)
+    workplace = Workplace(tmp_path, own_server.uri, nursery=nursery)
     try:
         trained = workplace.tracked(
             "train", workplace.experiment(), "--epochs", 1, "--json", "--drain-timeout", 0.2, check=False

@@ -78,12 +78,6 @@ LINE = ("--epochs", "5", "--checkpoint-every", "1 epoch", "--checkpoint-every", 
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[Workplace]:
     """A workplace whose runs share one sender over many tests."""
     path = tmp_path_factory.mktemp("lab")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.nursery import Nursery
 from tests.processes import ROOT, Workplace
 
 README = (ROOT / "README.md").read_text()
@@ -123,16 +124,16 @@ def test_a_loop_of_ones_own_works_both_ways(folder: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_the_tables_examples_work_in_their_order(folder: Path) -> None:
+def test_the_tables_examples_work_in_their_order(folder: Path, nursery: Nursery) -> None:
+    workplace = Workplace(folder, "")
     lines = [shlex.split(text) for text in IN_TABLE.findall(SECTIONS["Commands"])]
     assert {line[0] for line in lines} == {"train", "resume", "list", "show", "verify", "sync", "gc", "ui"}
 
     for line in lines:
         # The UI serves until it is interrupted, and has tests of its own.
         end = ["--help"] if line[0] == "ui" else []
-        done = execute(folder, sys.executable, "-m", "tracked.run", *line, *end)
-        assert done.status == 0, (line, done.output)
-        assert "Traceback" not in done.output
+        result = nursery.run(workplace, *line, *end)
+        assert "Traceback" not in result.stderr, line
 
 
 def test_every_option_and_variable_that_is_named_exists(folder: Path) -> None:

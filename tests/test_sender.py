@@ -421,12 +421,6 @@ def test_a_checkpoint_whose_upload_outlasts_its_attempt_is_not_named(
 EXPERIMENT_LINE = ("train", "experiment.py", "pause=0.01", "--checkpoint-every", "1 epoch")
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
-
-
 def test_a_server_that_is_down_at_the_start_costs_nothing_but_a_sync(
     tmp_path: Path, own_server: MlflowServer, nursery: Nursery
 ) -> None:

@@ -91,12 +91,6 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, server_uri: str, nursery: Nursery) -> Iterator[Site]:
     site = Site(tmp_path_factory.mktemp("site"), server_uri, nursery)
     yield site
