@@ -542,3 +542,28 @@ def test_an_address_that_cannot_be_one_is_refused_with_those_that_can(
     result = trained.run(*command, "--tracking-uri", uri)
 
     assert_told(result, 2, repr(uri), "sqlite:///PATH/mlflow.db", "--tracking-uri sqlite:///mlruns/mlflow.db")
+
+
+def test_a_resume_that_cannot_begin_leaves_the_run_as_it_was(trained: Trained) -> None:
+    client = MlflowClient(trained.workplace.tracking_uri)
+    before = client.get_run(trained.run_id)
+
+    result = trained.run("resume", trained.run_id, "--epochs", "3", "--device", "cuda:77")
+
+    assert_told(result, 2, "'cuda:77' cannot be used", "--device cpu")
+    after = client.get_run(trained.run_id)
+    assert after.info.status == before.info.status == "FINISHED"
+    kept = ("tracked.state", "tracked.checkpoint", "tracked.stop_reason", "mlflow.tracked.settings")
+    assert {name: after.data.tags.get(name) for name in kept} == {
+        name: before.data.tags.get(name) for name in kept
+    }
+
+
+def test_patience_without_anything_to_watch_is_refused(trained: Trained) -> None:
+    file = trained.workplace.experiment(
+        "def main(run, params):\n    for step in run.steps(5):\n        run.log({'a': step})\n", "watch.py"
+    )
+
+    assert_told(
+        trained.run("train", file, "--patience", "2"), 2, "no metric is monitored", "--monitor val/loss"
+    )

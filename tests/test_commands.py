@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+import tracked
+from tests.experiments import tiny
 from tests.nursery import Nursery
 from tests.processes import Workplace, wait_until
 from tests.servers import MlflowServer, free_port
@@ -419,6 +421,32 @@ def test_gc_keeps_the_copy_of_a_finished_run_whose_checkpoint_is_missing_on_the_
     assert (only_run(workplace).checkpoints / f"step-{step:08d}/checkpoint.pt").is_file()
 
 
+def test_gc_deletes_nothing_of_a_run_that_an_empty_database_does_not_know(workplace: Workplace) -> None:
+    workplace.tracked("train", workplace.experiment(), "--epochs", 1)
+    database, place = workplace.path / "mlruns/mlflow.db", place_of(workplace)
+    database.rename(database.with_suffix(".away"))
+
+    assert upkeep.gc(place, dry_run=False, say=silent) == 0
+    Server(workplace.tracking_uri).create_run(
+        experiment="another", handle=os.urandom(16).hex(), name=None, start_time=1, tags={}
+    )
+    assert upkeep.gc(place, dry_run=False, say=silent) == 0
+
+    assert len(list(only_run(workplace).checkpoints.glob("step-*/checkpoint.pt"))) > 0
+
+
+def test_gc_leaves_what_a_run_commits_after_the_list_was_made(workplace: Workplace) -> None:
+    run_id = workplace.tracked("train", workplace.experiment(), "--epochs", 1, "--json").json["run_id"]
+    server, listed = Server(workplace.tracking_uri), view_of(workplace, run_id)
+    (newer := workplace.path / "checkpoint.pt").write_bytes(b"newer")
+    server.upload(run_id, newer, "checkpoints/step-00000099")
+    server.set_status(run_id, "RUNNING")  # resumed meanwhile
+
+    upkeep._clean_server(server, listed, upkeep._Waste(dry_run=False, say=silent))
+
+    assert "step-00000099" in server.directories(run_id, "checkpoints")
+
+
 def test_gc_frees_what_is_superseded_and_the_run_still_resumes(workplace: Workplace) -> None:
     line = ["train", workplace.experiment(), "pause=0.1", "--epochs", 100, "--checkpoint-every", "2 steps"]
     training = workplace.start(*line, "--keep-last", 1)
@@ -566,3 +594,103 @@ def test_a_server_that_is_away_and_an_empty_spool_are_an_error(workplace: Workpl
 
     with pytest.raises(ServerUnavailable):
         inspection.listing(place, None, 9, silent)
+
+
+# -- which run, and what scripts read
+
+
+def test_the_last_run_may_be_one_that_waits_in_the_spool(workplace: Workplace) -> None:
+    file = workplace.experiment()
+    delivered = workplace.tracked("train", file, "--epochs", 1, "--json").json["run_id"]
+    workplace.end_senders()
+    lock = Lock(workplace.outboxes()[0].sender_lock)
+    assert lock.acquire()  # so that nothing is delivered
+    # Not by `tracked`, which would start a sender.
+    assert workplace.nursery is not None
+    waiting = workplace.nursery.run(
+        workplace, "train", file, "--epochs", "1", "--json", "--drain-timeout", "0", check=False
+    )
+    assert waiting.returncode == 3
+    lock.release()
+
+    resumed = workplace.tracked("resume", "last", "--epochs", 2, "--json").json
+
+    assert resumed["run_id"] != delivered
+    assert view_of(workplace, resumed["run_id"]).tags[HANDLE] == waiting.json["run_id"]
+
+
+def test_a_training_that_fails_still_prints_its_json_line(workplace: Workplace) -> None:
+    file = workplace.experiment("def main(run, params):\n    raise ValueError('mine')\n", "raises.py")
+
+    result = workplace.tracked("train", file, "--json", check=False)
+
+    assert result.returncode == 1
+    assert result.json["state"] == "failed"
+    assert view_of(workplace, result.json["run_id"]).status == "FAILED"
+
+
+def test_an_earlier_runs_id_does_not_stay_in_the_file(workplace: Workplace) -> None:
+    (file := workplace.path / "run-id").write_text("an earlier one\n")
+
+    refused = workplace.tracked("train", workplace.experiment(), "no=1", "--run-id-file", file, check=False)
+
+    assert refused.returncode == 2
+    assert not file.exists()
+
+
+def test_secrets_stay_on_this_machine(workplace: Workplace) -> None:
+    file = workplace.experiment(
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\nclass Params:\n    api_key: str = ''\n    max_tokens: int = 8\n"
+        "def main(run, params):\n    raise OSError('cannot reach postgresql://me:pa55word@db/x')\n",
+        "secrets.py",
+    )
+
+    result = workplace.tracked("train", file, "api_key=sk-0123456789abcdef", "--json", check=False)
+
+    view, server = view_of(workplace, result.json["run_id"]), Server(workplace.tracking_uri)
+    server.download(view.run_id, "traceback.txt", found := workplace.path / "found.txt")
+    assert view.params == {"api_key": "[redacted]", "max_tokens": "8"}
+    assert "cannot reach postgresql://" in view.tags["tracked.stop_reason"]
+    for text in (found.read_text(), *view.tags.values()):
+        assert "pa55word" not in text
+        assert "sk-0123456789abcdef" not in text
+
+
+def test_a_script_is_resumed_behind_two_dashes_and_says_so(workplace: Workplace) -> None:
+    (workplace.path / "script.py").write_text(
+        "import tracked\n"
+        "with tracked.start('scripted', {'lr': 1}) as run:\n"
+        "    for step in run.steps(3):\n        run.log({'a': step})\n"
+    )
+    subprocess.run([sys.executable, "script.py"], cwd=workplace.path, env=workplace.environment(), check=True)
+
+    bare = workplace.tracked("resume", "last", "--max-steps", 5, check=False)
+    options = workplace.tracked("resume", "last", "--epochs", 9, "--", "python", "script.py", check=False)
+    unstartable = workplace.tracked("resume", "last", "--", "./script.py", check=False)
+
+    assert "was made by a script" in bare.stderr
+    assert "-- python script.py" in bare.stderr
+    assert "epochs cannot be given to a script" in options.stderr
+    assert "'./script.py' cannot be started: Permission denied" in unstartable.stderr
+    assert {each.returncode for each in (bare, options, unstartable)} == {2}
+
+
+def test_a_task_that_is_fitted_in_a_script_is_whole(workplace: Workplace) -> None:
+    run = tracked.fit(
+        tiny.build(tiny.Params()),
+        "fitted",
+        {"lr": 0.1},
+        epochs=1,
+        tracking_uri=workplace.tracking_uri,
+        spool_dir=workplace.spool,
+        progress=False,
+    )
+
+    view = view_of(workplace, run.id)
+    assert (view.params["lr"], view.params["loop.epochs"], view.params["loop.monitor"]) == (
+        "0.1",
+        "1",
+        "val/loss",
+    )
+    assert inspection.verify(place_of(workplace), run.id, silent).wrong == []

@@ -382,3 +382,15 @@ def test_a_file_without_repository_is_recorded_from_the_working_directory(
     described = describe(load(file))
     assert described["path"] == "sub/some_experiment.py"
     assert locate(described, file=None, cwd=tmp_path)[0] == file.resolve()
+
+
+def test_defaults_are_what_a_resume_makes_of_them(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        "from dataclasses import dataclass, field\nimport tracked\n"
+        "@dataclass(frozen=True)\nclass Params:\n    warmup: float = 100\n    layers: list[int] = (64, 32)\n"
+        "def main(run, params): ...\n",
+    )
+    made = load(file).make_params([])
+
+    assert (repr(made.warmup), made.layers) == ("100.0", [64, 32])

@@ -350,3 +350,12 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, tracked.{module}; print(*{heavy} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == ""
+
+
+def test_quoted_texts_in_a_list_are_texts_without_quotes() -> None:
+    @dataclass(frozen=True)
+    class Named:
+        names: list[str]
+
+    assert params.parse(Named, ['names=["a", "b,c"]']) == {"names": ("a", "b,c")}
+    assert params.parse(Named, ["names=a,b"]) == {"names": ("a", "b")}

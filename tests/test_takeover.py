@@ -30,6 +30,7 @@ from tests.proofs import (
     told,
     until_committed,
 )
+from tracked.training import default_run_key
 
 # A file named `go` lets the training run to its end; before that every step takes a while.
 EXPERIMENT = """
@@ -400,3 +401,30 @@ def test_a_keyed_run_that_died_before_its_first_checkpoint_is_followed_by_anothe
 
     assert "ended before its first checkpoint; a new one begins" in second.stderr
     assert second.json["state"] == "finished"
+
+
+def test_a_key_stands_for_one_training(site: Site, home: Workplace) -> None:
+    let_go(home)
+    key = f"it's {uuid.uuid4().hex}"
+    line = ("train", "experiment.py", "--run-key", key, "--json", "--epochs")
+    first = site.nursery.run(home, *line, "1").json["run_id"]
+
+    again = site.nursery.run(home, *line, "1")
+    longer = site.nursery.run(home, *line, "2").json
+    other = site.nursery.run(home, *line, "1", "pause=0.5", check=False)
+
+    assert "nothing is left to do" in again.stderr
+    assert (longer["run_id"], longer["epoch"]) == (first, 2)
+    assert other.returncode == 2
+    assert "pause=0.0, not 0.5" in other.stderr
+
+
+def test_the_key_of_a_job_is_that_of_the_line_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "71")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+
+    one, again, other = (default_run_key(["train", name]) for name in ("a.py", "a.py", "b.py"))
+
+    assert one == again != other
+    assert one is not None
+    assert one.startswith("slurm-71-3-")

@@ -35,14 +35,16 @@ from tracked.names import (
     HANDLE,
     HEARTBEAT,
     HOLDER,
+    OURS,
     RUN_KEY,
     STATE,
+    STOP_REASON,
     attempt_param,
     folder_name,
     newest_attempt,
     step_of,
 )
-from tracked.pipe import Attempt
+from tracked.pipe import Attempt, shown_params
 from tracked.place import Place
 from tracked.points import Replay
 from tracked.spool import Lock, Outbox, RunFolder, read_json, write_json
@@ -58,7 +60,12 @@ Say = Callable[[str], None]
 def begin(
     place: Place, *, experiment: str, name: str | None, tags: Mapping[str, str], params: dict[str, Any]
 ) -> Attempt:
-    """A new run, known by a local handle until the server has given it an ID."""
+    """A new run, known by a local handle until the server has given it an ID.
+
+    Raises:
+        ParamError: A name that MLflow refuses.
+    """
+    shown_params(params)
     outbox = place.start_sender()
     handle, nonce = uuid.uuid4().hex, uuid.uuid4().hex
     folder = outbox.run(handle)
@@ -151,7 +158,7 @@ def take_over(
             # Its sender, if it lives, looked at the run a moment ago and may send for a while.
             time.sleep(sender.grace_seconds())
         # From here on nobody else adds points, so what stands there now is all there will be.
-        view = ask(lambda: server.get_run(view.run_id))
+        seen, view = view, ask(lambda: server.get_run(view.run_id))
         state = ask(lambda: restore(server, view, folder, say))
         replay = ask(lambda: _beyond(server, view, state["points"]["last"]))
     except BaseException:
@@ -170,8 +177,15 @@ def take_over(
         state["about"],
         state,
         replay,
+        (_state(seen), seen.tags.get(STOP_REASON, "")),
     )
     return found, view
+
+
+def _state(view: RunView) -> str:
+    """The state of a run that nobody trains."""
+    state = view.tags.get(STATE, "running")
+    return "crashed" if state == "running" else state
 
 
 def find_run(server: Server, word: str) -> RunView:
@@ -181,7 +195,7 @@ def find_run(server: Server, word: str) -> RunView:
         RunNotFound: None, or more than one.
     """
     if word == "last":
-        found = [run for run in server.search(limit=200) if HANDLE in run.tags][:1]
+        found = server.search(filter=OURS, limit=1)
     else:
         found = server.find(word)
     if len(found) == 1:
@@ -200,9 +214,19 @@ def find_run(server: Server, word: str) -> RunView:
 
 
 def local_runs(place: Place, word: str) -> list[RunFolder]:
-    """What this machine's spool holds of the run that `word` means."""
+    """What this machine's spool holds of the run that `word` means; for `last`, all that waits to be delivered."""
     runs = [run for outbox in spool.outboxes(place.spool) for run in outbox.runs()]
-    if word == "last" or len(word) < 4:
+    if word == "last":
+        # Any of them may be the last run, which the server alone can tell once it has them.
+        here = redact(place.tracking_uri)
+        return [
+            run
+            for outbox in spool.outboxes(place.spool)
+            if outbox.tracking_uri == here
+            for run in outbox.runs()
+            if run.journals() and not any(spool.is_held(journal / "lock") for journal in run.journals())
+        ]
+    if len(word) < 4:
         return []
     return [
         run

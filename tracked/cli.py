@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import traceback
@@ -203,13 +204,18 @@ def _request(options: dict[str, Any], overrides: tuple[str, ...]) -> Request:
     )
 
 
-def _carry_out(work: Callable[[], Run], *, as_json: bool) -> NoReturn:
+def _carry_out(work: Callable[[Request], Run], request: Request, *, as_json: bool) -> NoReturn:
     """Train, tell how it ended, and exit with what that means."""
     from tracked.training import NothingLeft
 
+    def tell() -> None:
+        if as_json and request.run is not None:
+            click.echo(json.dumps(_outcome(request.run)))
+
     try:
-        run = work()
+        run = work(request)
     except TrackedError as error:
+        tell()
         _complain(error)
     except NothingLeft as nothing:
         click.echo(str(nothing), err=True)
@@ -221,11 +227,11 @@ def _carry_out(work: Callable[[], Run], *, as_json: bool) -> NoReturn:
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - the user's own code raised: theirs to see, whole
         traceback.print_exception(_without_our_frames(error))
+        tell()
         sys.exit(FAILED)
     for line in _summary(run):
         click.echo(line, err=True)
-    if as_json:
-        click.echo(json.dumps(_outcome(run)))
+    tell()
     if run.last_state == "paused":
         sys.exit(PAUSED)
     sys.exit(UNDELIVERED if run.undelivered else FINISHED)
@@ -317,8 +323,8 @@ def train(
     request = _request(options, overrides)
     from tracked import training
 
-    request.run_key = request.run_key or training.default_run_key()
-    _carry_out(lambda: training.train(experiment, request), as_json=as_json)
+    request.run_key = request.run_key or training.default_run_key(sys.argv[1:])
+    _carry_out(lambda request: training.train(experiment, request), request, as_json=as_json)
 
 
 def _check(experiment: Path, overrides: tuple[str, ...], options: dict[str, Any]) -> NoReturn:
@@ -349,11 +355,17 @@ def resume(run: str, overrides: tuple[str, ...], *, as_json: bool, **options: An
     request = _request(options, overrides)
     from tracked import training
 
-    _carry_out(lambda: training.resume(run, request), as_json=as_json)
+    _carry_out(lambda request: training.resume(run, request), request, as_json=as_json)
 
 
 def _resume_command(run: str, command: list[str], options: dict[str, Any]) -> NoReturn:
     """Run the user's own script, in which `tracked.start` becomes this run."""
+    if settings := _settings(options):
+        raise UsageError(
+            f"{', '.join(settings)} cannot be given to a script from here",
+            expected="the loop's settings in the script: tracked.start(…, epochs=20)",
+            try_next=f"python -m tracked.run resume {run} -- {shlex.join(command)}",
+        )
     place = _place(options["tracking_uri"], options["spool_dir"])
     environment = {
         **os.environ,
@@ -363,9 +375,10 @@ def _resume_command(run: str, command: list[str], options: dict[str, Any]) -> No
     }
     try:
         sys.exit(subprocess.run(command, env=environment, check=False).returncode)
-    except FileNotFoundError:
+    except OSError as error:
         raise UsageError(
-            f"there is no command {command[0]!r}", expected="a command behind --, such as `python train.py`"
+            f"the command {command[0]!r} cannot be started: {error.strerror}",
+            expected="a command behind --, such as `python train.py`",
         ) from None
 
 

@@ -204,7 +204,9 @@ class Experiment:
         """
         flat = flat_params.read_yaml(self.params_class, config) if config else {}
         flat.update(flat_params.parse(self.params_class, overrides))
-        return flat_params.build(self.params_class, flat)
+        values = flat_params.build(self.params_class, flat)
+        # As a resume will build them: a default need not have the type that its field names.
+        return flat_params.build(self.params_class, flat_params.flatten(values))
 
     def task(self, params: object) -> Task:
         """What `build(params)` returns; what it raises comes through unchanged.

@@ -31,6 +31,7 @@ from tracked.names import (
     HEARTBEAT,
     HOLDER,
     MANIFEST,
+    OURS,
     OVERRIDE,
     POINTS,
     SETTINGS,
@@ -50,7 +51,6 @@ Say = Callable[[str], None]
 
 LOST_AFTER_SECONDS = 60.0
 WAITING = "waiting for the server"
-OURS = f"tags.`{HANDLE}` LIKE '%'"
 _PATIENCE = 20.0  # seconds for an answer: nothing waits for these commands, and a history may be long
 
 

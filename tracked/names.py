@@ -49,6 +49,9 @@ def step_of(name: str) -> int | None:
 
 
 # A param can be written once, so it decides which of several newcomers has the attempt.
+OURS = f"tags.`{HANDLE}` LIKE '%'"
+"""MLflow's filter for the runs of this package."""
+
 _ATTEMPT_PARAM = "tracked.attempt."
 
 

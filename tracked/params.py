@@ -561,7 +561,7 @@ def _read_one(hint: Any, text: str) -> object:
     elif _is_class(hint, PurePath) and text:
         return hint(text)
     elif as_sequence := typing.cast("type[list[Any]] | None", _sequence(hint)):
-        if word.startswith("[["):  # sequences of sequences, as JSON
+        if word.startswith(("[[", '["')):  # sequences of sequences, or of quoted texts, as JSON
             return _fit(hint, _plain(json.loads(word)), yaml=False)
         if word[:1] + word[-1:] in ("()", "[]"):
             word = word[1:-1]

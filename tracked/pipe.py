@@ -21,7 +21,9 @@ from tracked.checkpoint import Writer
 from tracked.errors import SpoolError
 from tracked.journal import Journal
 from tracked.names import DIVERGED_AT, FILE, POINTS, STATE, folder_name, step_of
+from tracked.params import as_text
 from tracked.points import PointLog, Replay
+from tracked.provenance import redact_values
 from tracked.spool import Lock, Outbox, RunFolder
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ _STATUS = {
     "stopped": "KILLED",
     "paused": "KILLED",
     "failed": "FAILED",
+    "crashed": "FAILED",
 }
 
 
@@ -63,6 +66,15 @@ class Progress:
         """The training is over."""
 
 
+def shown_params(values: Mapping[str, Any]) -> dict[str, str]:
+    """Hyperparameters as MLflow shows them, without secrets.
+
+    Raises:
+        ParamError: A name that MLflow refuses.
+    """
+    return redact_values(as_text(values))
+
+
 @dataclass
 class Attempt:
     """One process's turn at a run: its place on this machine, and what it starts from."""
@@ -78,6 +90,8 @@ class Attempt:
     about: dict[str, Any] = field(default_factory=dict)
     restored: dict[str, Any] | None = None
     replay: Replay = field(default_factory=dict)
+    before: tuple[str, str] | None = None
+    """State and reason in which the attempt found the run."""
     delivers: bool = True
 
     def ensure_sender(self) -> None:

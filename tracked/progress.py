@@ -27,6 +27,9 @@ class Bar(Progress):
         self._show = show and sys.stderr.isatty()
         self._run_id_file = run_id_file
         self._bar: tqdm[Any] | None = None
+        if run_id_file is not None:
+            with contextlib.suppress(OSError):
+                run_id_file.unlink(missing_ok=True)  # an earlier run's ID must not be taken for this one's
 
     def say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a terminal, or the other end of a pipe, that is gone

@@ -125,6 +125,11 @@ def redact_text(text: str) -> str:
     return _OPTION.sub(_redact_match, text)
 
 
+def redact_values(values: Mapping[str, str]) -> dict[str, str]:
+    """`values` with those taken out whose names say that they are secrets."""
+    return {name: REDACTED if _secret(name, value) else value for name, value in values.items()}
+
+
 def _redact_match(match: re.Match[str]) -> str:
     name, sign, value = match["name"], match["sign"], match["value"]
     if value.lower() in ("bearer", "basic") or not _secret(name, value):

@@ -233,8 +233,8 @@ class Server:
         filters = []
         if re.fullmatch(r"[0-9a-f-]{4,36}", prefix):
             filters += [f"attributes.run_id LIKE '{prefix}%'", f"tags.`{HANDLE}` LIKE '{prefix}%'"]
-        if quoted := _quoted(prefix):
-            filters.append(f"attributes.run_name = {quoted}")
+        if name := quoted(prefix):
+            filters.append(f"attributes.run_name = {name}")
         found = {run.run_id: run for text in filters for run in self.search(filter=text)}
         return sorted(found.values(), key=lambda run: (-run.start_time, run.run_id))
 
@@ -449,10 +449,10 @@ class Server:
 
     def _twins(self, handle: str) -> list[RunView]:
         """Runs of one handle: the one in use first."""
-        quoted = _quoted(handle)
-        if not quoted:
+        text = quoted(handle)
+        if not text:
             raise UsageError(f"the handle {handle!r} is no UUID", expected="a UUID")
-        runs = self.search(filter=f"tags.`{HANDLE}` = {quoted}")
+        runs = self.search(filter=f"tags.`{HANDLE}` = {text}")
         # Whatever came of a request that was given up on has nothing in it.
         return sorted(runs, key=lambda run: (not run.latest, not run.params, run.start_time, run.run_id))
 
@@ -973,7 +973,7 @@ def _chunks(entries: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]
         yield chunk
 
 
-def _quoted(text: str) -> str | None:
+def quoted(text: str) -> str | None:
     """`text` as a string of MLflow's search syntax, which knows no escapes; None if it cannot be one."""
     if "'" not in text:
         return f"'{text}'"

@@ -18,11 +18,10 @@ from torch.utils.data import Dataset
 
 from tracked.checkpoint import check_loadable
 from tracked.data import Batches
-from tracked.errors import LossNotFinite, RunTaken, SpoolError, UsageError
+from tracked.errors import LossNotFinite, RunTaken, SpoolError, TrackedError, UsageError
 from tracked.names import EXACT, SETTINGS, STOP_REASON
-from tracked.params import as_text
-from tracked.pipe import Attempt, Pipe, Progress, Retention
-from tracked.provenance import boot_id, host_name
+from tracked.pipe import Attempt, Pipe, Progress, Retention, shown_params
+from tracked.provenance import boot_id, host_name, redact_text
 from tracked.schedule import Due, Settings
 from tracked.seeding import (
     derive,
@@ -105,6 +104,8 @@ class Run:
         self._improved = False
         self._leave: tuple[str, str] | None = None
         self._ends_after_step = ""
+        self._facts: dict[str, Any] = {}
+        self._recorded: dict[str, str] = {}
         self._looping = False
         self._over = False
         self._due = Due(settings.checkpoint_every)
@@ -114,6 +115,8 @@ class Run:
         self._points = self._pipe.points
         if self._restored is not None:
             self._continue(self._restored)
+        if self.attempt == 1 and attempt.params:
+            self._pipe.append("params", shown_params(attempt.params))
         self._pipe.open(self._beside)
 
     # -- what it is
@@ -167,19 +170,20 @@ class Run:
     # -- what a loop calls
 
     def configure(self, settings: Settings, **facts: Any) -> None:
-        """Take the settings with what the code itself says filled in, and record them as `loop.…`.
+        """Take the settings with what the code itself says filled in; the first batch records them as `loop.…`.
 
         Args:
             settings: Before the first batch.
             facts: More to record beside them, such as `batch_size`.
         """
+        self._facts = facts
         self.settings = settings
         self.stopping.mode = self._pipe.retention.mode = settings.mode or "min"
         self.stopping.patience, self.stopping.min_delta = settings.patience, settings.min_delta
-        loop = {f"loop.{name}": str(value) for name, value in {**asdict(settings), **facts}.items()}
-        if self.attempt == 1:
-            self._pipe.append("params", {**as_text(self._attempt.params), **loop})
-        self._pipe.append("tags", {SETTINGS: json.dumps(asdict(settings))})
+
+    def record(self, tags: Mapping[str, str]) -> None:
+        """Set tags with the first batch: a resume that cannot begin changes nothing."""
+        self._recorded |= tags
 
     def changed(self, values: Mapping[str, float]) -> dict[str, float]:
         """Those of `values` that differ from what was last logged under their key."""
@@ -441,17 +445,19 @@ class Run:
             self.finish("paused", "interrupted")
         elif isinstance(error, SystemExit) and error.code in (0, None):
             self.finish()
+        elif isinstance(error, TrackedError) and not self._looping and self._attempt.before:
+            self.finish(*self._attempt.before)  # a resume that cannot begin changes nothing
         else:
             self.fail(error)
 
     def fail(self, error: BaseException) -> int:
         """Finish as failed, with the traceback as an artifact."""
-        text = "".join(traceback.format_exception(error))
+        text = redact_text("".join(traceback.format_exception(error)))
         try:
             self._pipe.add_file("traceback.txt", "", lambda to: to.write_text(text))
         except SpoolError as spool_error:
             self.progress.warn(str(spool_error))
-        return self.finish("failed", f"{type(error).__name__}: {error}"[:500])
+        return self.finish("failed", redact_text(f"{type(error).__name__}: {error}")[:500])
 
     # -- between two steps
 
@@ -468,12 +474,19 @@ class Run:
     def _begin(self, data: dict[str, int]) -> None:
         if self._looping:
             raise UsageError("this run has had its loop", expected="one batches() or steps() loop in a run")
-        self._looping = True
+        if self.settings.patience is not None and self.settings.monitor is None:
+            raise UsageError(
+                f"patience is {self.settings.patience}, and no metric is monitored",
+                expected="the name of a metric that is logged",
+                try_next="--monitor val/loss, or monitor=… in a script",
+            )
         self._data = data
         self._step_seeds = seeds(derive(self.settings.seed, "step"), self.step + 1)
         if self.settings.deterministic:
             make_deterministic()
         if self._restored is None:
+            loop = {**asdict(self.settings), **self._facts}
+            self._pipe.append("params", {f"loop.{name}": str(value) for name, value in loop.items()})
             seed_generators(derive(self.settings.seed, "loop"))
             if self.state:
                 check_loadable({"state": self.state})
@@ -487,6 +500,8 @@ class Run:
             self._restored = None  # as large as the model and the optimizer
             if self._attempt.restored is not None:
                 self._attempt.restored = {"step": self.step}
+        self._looping = True
+        self.set_tags({SETTINGS: json.dumps(asdict(self.settings)), **self._recorded})
         self._improved = False
         self._plan_next()
 

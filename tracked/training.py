@@ -9,7 +9,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,7 @@ from tracked.deferred_compiler import defer_compiler
 from tracked.errors import CheckpointError, UsageError
 from tracked.experiment import Experiment, Task
 from tracked.names import EXPERIMENT_FILE, FILE, OVERRIDE, RUN_KEY, SETTINGS, STATE, folder_name
-from tracked.pipe import Attempt, Progress
+from tracked.pipe import Attempt, Progress, shown_params
 from tracked.place import Place
 from tracked.schedule import Settings
 from tracked.seeding import derive, seed_generators
@@ -65,6 +65,8 @@ class Request:
     file: Path | None = None
     progress: Progress = field(default_factory=Progress)
     drain_timeout: float = 60.0
+    run: Run | None = field(default=None, init=False)
+    """The run, once there is one: also who meets an exception can say how it stands."""
 
 
 # -- experiment files
@@ -82,12 +84,14 @@ def train(path: Path, request: Request) -> Run:
     values = experiment.make_params(request.overrides, request.config)
     if request.run_key and (view := _run_of_key(request)):
         state = view.tags.get(STATE)
-        if state in ("finished", "stopped_early", "stopped"):
+        if state == "stopped":
             raise NothingLeft(
                 view, f"run {view.run_id} of key {request.run_key!r} is {state}: nothing is left to do"
             )
         if pointed(view) is not None:
-            return resume(view.run_id, replace(request, file=path, settings={}, overrides=[]))
+            _check_same_line(request, view, path, values)
+            request.file, request.overrides = path, []
+            return resume(view.run_id, request)
         # Ended before its first checkpoint was on the server: there is nothing to resume, now or ever.
         _wait_for_its_end(request, view)
     settings = Settings(**request.settings)
@@ -106,7 +110,7 @@ def train(path: Path, request: Request) -> Run:
         params=params.flatten(values),
     )
     attempt.about = about
-    run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
+    run = request.run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
     request.progress.say(f"run {run.id} (local handle)" if run.id == run.handle else f"run {run.id}")
     with _until_over(run):
         run.log_artifact(experiment.path, "source")
@@ -129,7 +133,7 @@ def _wait_for_its_end(request: Request, view: RunView) -> None:
 
 def _run_of_key(request: Request) -> RunView | None:
     """The newest run of the request's key. Waits for the server: a second run would be worse than a delay."""
-    from tracked.server import Server
+    from tracked.server import Server, quoted
 
     assert request.run_key is not None
     for run in request.place.outbox().runs():
@@ -137,20 +141,49 @@ def _run_of_key(request: Request) -> RunView | None:
         if run.journals() and read_json(run.lock).get("key") == request.run_key:
             drain(request.place, [run], request.progress.say)
     server = Server(request.place.tracking_uri, create=False)
-    quoted = request.run_key.replace("'", "''")
+    if (key := quoted(request.run_key)) is None:
+        raise UsageError(f"the run key {request.run_key!r} has both kinds of quotes", expected="one, or none")
     ask = Asking(request.progress.say, math.inf)
-    found = ask(lambda: server.search(filter=f"tags.`{RUN_KEY}` = '{quoted}'", limit=1))
+    found = ask(lambda: server.search(filter=f"tags.`{RUN_KEY}` = {key}", limit=1))
     return found[0] if found else None
 
 
-def default_run_key() -> str | None:
-    """The key of a Slurm array's task or of an indexed Kubernetes job: the same when it is started again."""
+def default_run_key(line: Sequence[str]) -> str | None:
+    """The key of a Slurm array's task or of an indexed Kubernetes job: the same when it is started again.
+
+    Args:
+        line: The command line, because a job may train several times.
+    """
     environment = os.environ
     if "SLURM_ARRAY_JOB_ID" in environment:
-        return f"slurm-{environment['SLURM_ARRAY_JOB_ID']}-{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
-    if "JOB_COMPLETION_INDEX" in environment and "JOB_NAME" in environment:
-        return f"job-{environment['JOB_NAME']}-{environment['JOB_COMPLETION_INDEX']}"
-    return None
+        job = f"slurm-{environment['SLURM_ARRAY_JOB_ID']}-{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
+    elif "JOB_COMPLETION_INDEX" in environment and "JOB_NAME" in environment:
+        job = f"job-{environment['JOB_NAME']}-{environment['JOB_COMPLETION_INDEX']}"
+    else:
+        return None
+    return f"{job}-{derive(*line):016x}"
+
+
+def _check_same_line(request: Request, view: RunView, path: Path, values: Any) -> None:
+    """A key stands for one training: another file, or other params, would be another one.
+
+    Raises:
+        UsageError: They differ from what the key's run was started with.
+    """
+    asked = shown_params(params.flatten(values))
+    recorded = {name: view.params.get(name, "(none)") for name in asked}
+    differing = [
+        f"{name}={recorded[name]}, not {asked[name]}" for name in asked if asked[name] != recorded[name]
+    ]
+    file = json.loads(view.tags.get(EXPERIMENT_FILE, "{}")).get("path", path.name)
+    if Path(file).name != path.name:
+        differing.insert(0, f"{file}, not {path}")
+    if differing:
+        raise UsageError(
+            f"the key {request.run_key!r} is that of run {view.run_id}, which trains {'; '.join(differing[:5])}",
+            expected="the same line for the same key",
+            try_next=f"another --run-key, or: python -m tracked.run resume {view.run_id} NAME=VALUE",
+        )
 
 
 def resume(word: str, request: Request) -> Run:
@@ -167,6 +200,13 @@ def resume(word: str, request: Request) -> Run:
         """What can fail without the run is tried before it is claimed."""
         _check_work_left(view, request.settings)
         recorded = json.loads(view.tags.get(EXPERIMENT_FILE, "{}"))
+        if not recorded and request.file is None:
+            script = Path(view.tags.get("mlflow.source.name") or "SCRIPT.py").name
+            raise UsageError(
+                f"run {view.run_id} was made by a script, not by an experiment file",
+                expected="the script behind `--`",
+                try_next=f"python -m tracked.run resume {view.run_id} -- python {script}",
+            )
         path, warnings = experiments.locate(recorded, file=request.file, cwd=Path.cwd(), run_id=view.run_id)
         experiment = experiments.load(path)
         params.parse(experiment.params_class, request.overrides)
@@ -175,6 +215,8 @@ def resume(word: str, request: Request) -> Run:
     attempt, _ = take_over(request.place, word, request.progress.say, before_claim=prepare)
     try:
         experiment, warnings = found[0]
+        for warning in warnings:
+            request.progress.warn(warning)
         old = params.build(experiment.params_class, attempt.params)
         new = params.replace(old, params.parse(experiment.params_class, request.overrides))
         settings, changed = _changed_settings(attempt, request.settings)
@@ -185,15 +227,23 @@ def resume(word: str, request: Request) -> Run:
         attempt.lock.release()
         raise
     attempt.params = params.flatten(new)
-    run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
-    for warning in warnings:
-        run.progress.warn(warning)
+    run = request.run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
     run.progress.say(f"run {run.id} goes on from step {run.step} (epoch {run.epoch})  {run.url}".rstrip())
     if changes:
-        run.set_tags({OVERRIDE: json.dumps({"step": run.step, "changes": changes}, default=str)})
+        _record_changes(run, changes)
     with _until_over(run):
         _carry_out(experiment, new, run, old=old if differing else None)
     return run
+
+
+def _record_changes(run: Run, changes: Mapping[str, Any]) -> None:
+    """Tag the run with what was overridden: name -> [recorded, new]."""
+    texts = {name: json.dumps(pair, default=str) for name, pair in changes.items()}
+    shown = {
+        name: changes[name] if text == texts[name] else text
+        for name, text in provenance.redact_values(texts).items()
+    }
+    run.record({OVERRIDE: json.dumps({"step": run.step, "changes": shown}, default=str)})
 
 
 def _carry_out(experiment: Experiment, values: Any, run: Run, *, old: Any = None) -> None:
@@ -204,7 +254,11 @@ def _carry_out(experiment: Experiment, values: Any, run: Run, *, old: Any = None
     seed = derive(run.settings.seed, "build")
     seed_generators(seed)
     if experiment.main is not None:
-        run.configure(run.settings)
+        if old is not None:
+            run.progress.warn(
+                "main(run, params) gets the new values, and what it attaches keeps the recorded ones: "
+                "set a learning rate after run.attach"
+            )
         experiment.main(run, values)
         return
     task = experiment.task(values)
@@ -236,15 +290,25 @@ def _difference(old: Task, new: Task) -> Callable[[], None]:
                 else:
                     group[key] = after[key]
         if new.scheduler is not None:
-            differing = {
-                key: value
-                for key, value in new_schedule.items()
-                if key != "_last_lr" and old_schedule.get(key) != value
-            }
+            schedule = _with_changes(new.scheduler.state_dict(), old_schedule, new_schedule)
             rates = [float(group["lr"]) for group in new.optimizer.param_groups]
-            new.scheduler.load_state_dict({**new.scheduler.state_dict(), **differing, "_last_lr": rates})
+            new.scheduler.load_state_dict({**schedule, "_last_lr": rates})
 
     return apply
+
+
+def _with_changes(loaded: Any, before: Any, after: Any) -> Any:
+    """`loaded`, with those leaves that two fresh states differ in taken from the second."""
+    if isinstance(loaded, dict) and isinstance(before, dict) and isinstance(after, dict):
+        common = before.keys() & after.keys() - {"_last_lr"}
+        return {
+            key: _with_changes(value, before[key], after[key]) if key in common else value
+            for key, value in loaded.items()
+        }
+    lists = isinstance(loaded, list) and isinstance(before, list) and isinstance(after, list)
+    if lists and len(loaded) == len(before) == len(after):
+        return [_with_changes(*each) for each in zip(loaded, before, after, strict=True)]
+    return after if before != after else loaded
 
 
 def _check_work_left(view: RunView, asked: Mapping[str, Any]) -> None:
@@ -429,15 +493,15 @@ def resume_run(
         raise
     run = _opened(attempt, chosen, drain_timeout=drain_timeout, progress=progress)
     if changes:
-        run.progress.warn(f"recorded and present values differ: {changes}")
-        run.set_tags({OVERRIDE: json.dumps({"step": run.step, "changes": changes}, default=str)})
+        run.progress.warn(f"recorded and present values differ: {', '.join(changes)}")
+        _record_changes(run, changes)
     return run
 
 
 def fit(task: Task, experiment_name: str = "default", params: Any = None, **options: Any) -> Run:
     """Train a task in a run of its own, to its end; options as in `start`."""
     with start(experiment_name, params, **options) as run:
-        loop.fit(task, run)
+        loop.fit(task, run)  # configures it
     return run
 
 
@@ -446,7 +510,6 @@ def _opened(attempt: Attempt, settings: Settings, *, drain_timeout: float, progr
     if _open_run is not None:
         _open_run.finish("stopped", "another run was started in this process")
     run = Run(attempt, settings, progress=_progress(progress), drain_timeout=drain_timeout)
-    run.configure(settings)
     _open_run = run
     return run
 

@@ -21,10 +21,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from tracked import inspection, sender, spool
 from tracked.address import database, redact
-from tracked.errors import NoSuchRun, ServerError, ServerUnavailable, TrackedError, UsageError
+from tracked.errors import ServerError, ServerUnavailable, TrackedError, UsageError
 from tracked.inspection import folders, is_trained, readable, waiting_in
 from tracked.journal import START, Reader
-from tracked.names import CHECKPOINT, FILE, HANDLE, MANIFEST, SETTINGS, STATE, folder_name, step_of
+from tracked.names import CHECKPOINT, FILE, HANDLE, MANIFEST, OURS, SETTINGS, STATE, folder_name, step_of
 from tracked.place import Place
 from tracked.provenance import boot_id, host_name
 from tracked.spool import Lock, Outbox, RunFolder, is_held, read_json
@@ -192,7 +192,8 @@ def gc(place: Place, *, dry_run: bool, say: Say) -> int:
     views: dict[str, RunView] = {}
     try:
         assert server is not None
-        views = {view.tags[HANDLE]: view for view in server.search(filter=inspection.OURS)}
+        found = server.search(filter=OURS, limit=sys.maxsize)
+        views = {view.tags[HANDLE]: view for view in found}
     except ServerError as error:
         say(f"{error.found}; only what this machine knows to be superseded is deleted")
         server = None
@@ -262,15 +263,13 @@ def _needless(run: RunFolder, server: Server, view: RunView | None) -> str:
     """Why the whole folder can go; empty if it cannot."""
     run_id = run.about.get("run_id")
     if view is None:
-        if run_id:
-            try:
-                if not server.get_run(run_id).deleted:
-                    return ""
-            except NoSuchRun:
-                pass
-            except ServerError:
-                return ""
-        return "its run is not on the server any more" if run_id else "its training died before it had a run"
+        if not run_id:
+            return "its training died before it had a run"
+        try:
+            # A run that is not found is no reason: the database may be the wrong one, or new and empty.
+            return "its run was deleted on the server" if server.get_run(run_id).deleted else ""
+        except ServerError:
+            return ""
     if view.tags.get(STATE) not in _COMPLETE:
         return ""
     pointer = _pointer(view)
@@ -286,11 +285,13 @@ def _needless(run: RunFolder, server: Server, view: RunView | None) -> str:
 
 def _clean_server(server: Server, view: RunView, waste: _Waste) -> None:
     """Delete the run's checkpoints that are superseded, or that a finished run never committed."""
-    pointer = _pointer(view)
-    state = view.tags.get(STATE, "running")
-    if pointer is None or state == "running" or view.status == "RUNNING":
+    if _at_rest(view) is None:
         return
     try:
+        view = server.get_run(view.run_id)  # it may have been resumed since the list was made
+        if (pointer := _at_rest(view)) is None:
+            return
+        state = view.tags[STATE]
         steps = {
             step
             for name in server.directories(view.run_id, "checkpoints")
@@ -299,7 +300,7 @@ def _clean_server(server: Server, view: RunView, waste: _Waste) -> None:
         keep = _kept(server, view, pointer["step"], sorted(step for step in steps if step <= pointer["step"]))
         for step in sorted(steps - keep):
             uncommitted = step > pointer["step"]
-            if uncommitted and state not in _COMPLETE:
+            if uncommitted and (state not in _COMPLETE or _at_rest(server.get_run(view.run_id)) != pointer):
                 continue  # another machine's spool may still commit it
             path = f"checkpoints/{folder_name(step)}"
             size = sum(server.sizes(view.run_id, path).values())
@@ -309,6 +310,12 @@ def _clean_server(server: Server, view: RunView, waste: _Waste) -> None:
             waste.count(size, f"{path} of run {view.run_id}", why)
     except ServerError as error:
         waste.say(f"run {view.run_id}: nothing more is deleted on the server: {error.found}")
+
+
+def _at_rest(view: RunView) -> dict[str, Any] | None:
+    """The pointer of a run that nobody trains; None if it has none, or somebody does."""
+    running = view.tags.get(STATE, "running") == "running" or view.status == "RUNNING"
+    return None if running else _pointer(view)
 
 
 def _kept(server: Server, view: RunView, committed: int, steps: Sequence[int]) -> set[int]:
