@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from tracked.errors import UsageError
 from tracked.seeding import derive, one_thread, preserved_generators, seed_generators
+
+T = TypeVar("T")
 
 # What `Batches` itself decides, and what therefore cannot be passed on to `DataLoader`.
 _OWN = {
@@ -212,6 +215,13 @@ def _refuse(dataset: Dataset[Any], batch_size: int, options: Mapping[str, Any]) 
                 f"loader has {name!r}, which would decide the order that an exact resume has to know",
                 expected="collate_fn, num_workers, pin_memory, … in loader; the order comes from the seed",
             )
+
+
+def in_groups(items: Iterator[T], size: int) -> Iterator[tuple[T, ...]]:
+    """Tuples of `size` items; the last one may be shorter."""
+    if size == 1:
+        return zip(items)
+    return iter(lambda: tuple(islice(items, size)), ())
 
 
 def size(batch: Any) -> int:

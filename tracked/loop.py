@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from tracked.errors import UsageError
 from tracked.experiment import Task
 from tracked.points import scalar
 from tracked.schedule import Due
-from tracked.seeding import derive, seed_generators
+from tracked.seeding import derive, preserved_generators, seed_generators
 from tracked.tracking import Run, not_finite
 
 DEFAULT_EPOCHS = 10
@@ -91,7 +91,7 @@ def fit(task: Task, run: Run, *, attached: Callable[[], None] = lambda: None) ->
 
 
 def train_step(
-    task: Task, scaler: torch.amp.GradScaler, window: list[Any], device: torch.device, run: Run
+    task: Task, scaler: torch.amp.GradScaler, window: Sequence[Any], device: torch.device, run: Run
 ) -> torch.Tensor:
     """One step over an accumulation window; its loss, weighted by samples: a detached scalar.
 
@@ -120,7 +120,12 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
-    """The metrics of every validation set by their logged names; the model's modes are left as they were."""
+    """The metrics of every validation set by their logged names; modes and generators are left as they were."""
+    with preserved_generators():
+        return _evaluate(task, device, run)
+
+
+def _evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
     training = [module for module in task.model.modules() if module.training]
     task.model.eval()
     sets = task.val_data if isinstance(task.val_data, Mapping) else {"val": task.val_data}

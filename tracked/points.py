@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from time import time
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class PointLog:
     """
 
     def __init__(self, replay: Replay | None = None) -> None:
-        self._buffer: list[tuple[str, int, int, float | torch.Tensor]] = []
+        self._buffer: list[tuple[str, int, float, float | torch.Tensor]] = []
         self._series: dict[str, _Series] = {}
         self._replay = dict(replay or {})
         self.replayed_equal = 0
@@ -59,7 +59,7 @@ class PointLog:
             MetricError: No scalar, a name that MLflow refuses, another value for a (key, step) that is
                 taken, or a step before the key's last one.
         """
-        now = int(time.time() * 1000)
+        now = time()
         for key, value in values.items():
             number = value if type(value) is float else scalar(key, value)
             series = self._series.get(key)
@@ -173,8 +173,9 @@ def _check_repeated(key: str, step: int, value: float | torch.Tensor, last: _Ser
 
 
 def _fetched(
-    taken: list[tuple[str, int, int, float | torch.Tensor]],
+    taken: list[tuple[str, int, float, float | torch.Tensor]],
 ) -> list[tuple[str, int, int, float]]:
+    """The points with values read from their devices, and times in ms."""
     pending: dict[torch.device, list[torch.Tensor]] = {}
     for *_, value in taken:
         if isinstance(value, torch.Tensor):
@@ -184,12 +185,14 @@ def _fetched(
         arrived = {device: iter(torch.stack(values).tolist()) for device, values in pending.items()}
     except RuntimeError:
         # The device has failed, as the training is about to find out: what is on it cannot be read any more.
-        return [
-            (key, step, timestamp, value)
-            for key, step, timestamp, value in taken
-            if not isinstance(value, torch.Tensor)
-        ]
+        arrived = {}
+        taken = [point for point in taken if not isinstance(point[3], torch.Tensor)]
     return [
-        (key, step, timestamp, next(arrived[value.device]) if isinstance(value, torch.Tensor) else value)
-        for key, step, timestamp, value in taken
+        (
+            key,
+            step,
+            int(seconds * 1000),
+            next(arrived[value.device]) if isinstance(value, torch.Tensor) else value,
+        )
+        for key, step, seconds, value in taken
     ]

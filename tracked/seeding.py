@@ -2,8 +2,8 @@
 
 Before a batch is built, before a step and before an evaluation, generators are seeded from numbers
 that are known at that moment, so a training that starts in the middle draws what the uninterrupted
-one would have drawn. One exception, for speed: where batches are plain tensors, a step seeds torch's
-generators alone, and Python's and NumPy's go on as streams whose states a checkpoint keeps.
+one would have drawn. One exception, because a step may be shorter than seeding: where batches are
+plain tensors, which nothing is drawn for, the steps' generators are streams whose states a checkpoint keeps.
 """
 
 from __future__ import annotations
@@ -48,11 +48,6 @@ def seed_generators(seed: int) -> None:
     """
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    seed_torch(seed)
-
-
-def seed_torch(seed: int) -> None:
-    """Seed torch's global generators alone (CUDA's once it is in use)."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         for generator in torch.cuda.default_generators:
@@ -63,8 +58,10 @@ def generator_states() -> dict[str, Any]:
     """The states of the global generators, in types that `weights_only` loading accepts."""
     numpy_state = np.random.get_state(legacy=False)
     key = numpy_state["state"]["key"]
+    version, internal, gauss = random.getstate()
     states: dict[str, Any] = {
-        "python": random.getstate(),
+        # A tensor, because a checkpoint takes longer for 625 numbers than for one tensor of them.
+        "python": {"version": version, "internal": torch.tensor(internal), "gauss": gauss},
         "numpy": {
             "key": torch.from_numpy(key.astype(np.int64)),
             "pos": int(numpy_state["state"]["pos"]),
@@ -80,8 +77,8 @@ def generator_states() -> dict[str, Any]:
 
 def restore_generators(states: Mapping[str, Any]) -> None:
     """Put back what `generator_states` took."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
+    python = states["python"]
+    random.setstate((python["version"], tuple(python["internal"].tolist()), python["gauss"]))
     numpy_state = states["numpy"]
     np.random.set_state(
         {

@@ -7,9 +7,8 @@ import math
 import os
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +16,7 @@ from typing import Any, Self
 from torch.utils.data import Dataset
 
 from tracked.checkpoint import check_loadable
-from tracked.data import Batches
+from tracked.data import Batches, in_groups
 from tracked.errors import LossNotFinite, RunTaken, SpoolError, TrackedError, UsageError
 from tracked.names import EXACT, SETTINGS, STOP_REASON
 from tracked.pipe import Attempt, Pipe, Progress, Retention, shown_params
@@ -33,7 +32,6 @@ from tracked.seeding import (
     restore_determinism,
     restore_generators,
     seed_generators,
-    seed_torch,
     seeds,
 )
 from tracked.state import Parts
@@ -94,12 +92,12 @@ class Run:
         self.undelivered = 0
         self.metrics: dict[str, float] = {}
         self._attempt = attempt
-        self._batch = 0
-        self._epoch_ends = False
+        self._epoch_start, self._epoch_end = 0, math.inf
+        self._accumulate = 0
         self._parts = Parts()
-        # Raised, after its reason, by whoever has something to be done when this step ends, from any thread.
-        self._attention = False
+        # The one thing that a step between two due ones looks at.
         self._next_due = 0.0
+        self._attention = False
         self._wants_checkpoint = False
         self._improved = False
         self._leave: tuple[str, str] | None = None
@@ -139,7 +137,7 @@ class Run:
     @property
     def epoch_ended(self) -> bool:
         """Whether the current step is the last one of its epoch."""
-        return self._epoch_ends and self.step_ended
+        return self.step == self._epoch_end and self.step_ended
 
     @property
     def should_stop(self) -> bool:
@@ -240,20 +238,10 @@ class Run:
         Raises:
             UsageError: It is not said how long to go on, or the arguments do not go together.
         """
-        windows = self.windows(
-            data,
-            batch_size=batch_size,
-            epochs=epochs,
-            max_steps=max_steps,
-            accumulate=accumulate,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            loader=loader,
-        )
-        for window in windows:
-            for number, batch in enumerate(window, start=1):
-                self.step_ended = number == len(window)
-                yield batch
+        batches = self._source(data, batch_size, loader, shuffle=shuffle, drop_last=drop_last)
+        if accumulate == 1:
+            return self._train(batches, epochs, max_steps, 1, lambda source: source)
+        return self._one_by_one(self._windows(batches, epochs, max_steps, accumulate))
 
     def windows(
         self,
@@ -266,40 +254,10 @@ class Run:
         shuffle: bool = True,
         drop_last: bool = False,
         loader: Mapping[str, Any] | None = None,
-    ) -> Iterator[list[Any]]:
-        """Like `batches`, with the batches of each step in a list (shorter at the end of an epoch)."""
-        if accumulate < 1:
-            raise UsageError(f"accumulate is {accumulate}", expected="1 or more")
-        epochs, max_steps = self._length(epochs, max_steps)
-        batches = Batches(
-            data,
-            batch_size=batch_size,
-            seed=self.settings.seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            loader=loader,
-        )
-        steps_in_epoch = -(-len(batches) // accumulate)
-        lengths = [epochs * steps_in_epoch if epochs else None, max_steps]
-        self.total_steps = min(length for length in lengths if length is not None)
-        self._begin({"samples": batches.samples, "batch_size": batch_size, "accumulate": accumulate})
-        count = len(batches)
-        while self.step < self.total_steps and not self._ends_after_step:
-            source = batches.epoch(self.epochs_done, self._batch)
-            while window := list(islice(source, accumulate)):
-                self.step += 1
-                self._batch += len(window)
-                self._epoch_ends = self._batch >= count
-                # Python's and NumPy's generators cost 50 µs to seed. Where no batch is built from them they go on
-                # as the streams they are, which a checkpoint keeps; else who builds the batch would decide what
-                # they give.
-                if batches.draws:
-                    seed_generators(next(self._step_seeds))
-                else:
-                    seed_torch(next(self._step_seeds))
-                yield window
-                if (self._attention or self._epoch_ends or self.step >= self._next_due) and self._settle():
-                    return
+    ) -> Iterator[Sequence[Any]]:
+        """Like `batches`, with the batches of each step in a sequence (shorter at the end of an epoch)."""
+        batches = self._source(data, batch_size, loader or {}, shuffle=shuffle, drop_last=drop_last)
+        return self._windows(batches, epochs, max_steps, accumulate)
 
     def steps(self, count: int | None = None) -> Iterator[int]:
         """The numbers of the steps still to do, for a loop that draws its own data by each step's seed.
@@ -310,13 +268,72 @@ class Run:
         _, self.total_steps = self._length(None, count)
         if self.total_steps is None:
             raise UsageError("steps() does not know how many", expected="steps(n), or --max-steps N")
+        self._accumulate = 0
         self._begin({})
         while self.step < self.total_steps and not self._ends_after_step:
             self.step += 1
             seed_generators(next(self._step_seeds))
             yield self.step
-            if (self._attention or self.step >= self._next_due) and self._settle():
+            if self.step >= self._next_due and self._settle():
                 return
+
+    def _source(
+        self,
+        data: Dataset[Any],
+        batch_size: int,
+        loader: Mapping[str, Any],
+        *,
+        shuffle: bool,
+        drop_last: bool,
+    ) -> Batches:
+        seed = self.settings.seed
+        return Batches(
+            data, batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, loader=loader
+        )
+
+    def _windows(
+        self, batches: Batches, epochs: int | None, max_steps: int | None, accumulate: int
+    ) -> Iterator[Sequence[Any]]:
+        if accumulate < 1:
+            raise UsageError(f"accumulate is {accumulate}", expected="1 or more")
+        return self._train(
+            batches, epochs, max_steps, accumulate, lambda source: in_groups(source, accumulate)
+        )
+
+    def _one_by_one(self, windows: Iterator[Sequence[Any]]) -> Iterator[Any]:
+        for *others, last in windows:
+            self.step_ended = not others
+            yield from others
+            self.step_ended = True
+            yield last
+
+    def _train(
+        self,
+        batches: Batches,
+        epochs: int | None,
+        max_steps: int | None,
+        accumulate: int,
+        grouped: Callable[[Iterator[Any]], Iterator[Any]],
+    ) -> Iterator[Any]:
+        """What every step is handed, up to the end of the training; `grouped` makes it from an epoch's batches."""
+        epochs, max_steps = self._length(epochs, max_steps)
+        steps_in_epoch = -(-len(batches) // accumulate)
+        lengths = [epochs * steps_in_epoch if epochs else None, max_steps]
+        self.total_steps = min(length for length in lengths if length is not None)
+        self._epoch_start = self.step - self._batch // accumulate
+        self._accumulate = accumulate
+        self._epoch_end = self._epoch_start + steps_in_epoch
+        self._begin({"samples": batches.samples, "batch_size": batches.batch_size, "accumulate": accumulate})
+        draws, step_seeds = batches.draws, self._step_seeds
+        while self.step < self.total_steps and not self._ends_after_step:
+            for item in grouped(batches.epoch(self.epochs_done, self._batch)):
+                self.step += 1
+                # Else who builds the batches, the main process or a worker, would decide what the step draws.
+                if draws:
+                    seed_generators(next(step_seeds))
+                yield item
+                if self.step >= self._next_due and self._settle():
+                    return
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Log numbers or one-element tensors at `step` (by default the one being made). Never waits.
@@ -349,7 +366,7 @@ class Run:
             )
         self._heed_patience()
         self._improved = self.settings.keep_best > 0 and self.stopping.best_step == self.step
-        self._attention = True
+        self._ask_for_attention()
 
     def _heed_patience(self) -> None:
         if self.stopping.is_out_of_patience:
@@ -380,7 +397,8 @@ class Run:
 
     def save(self) -> None:
         """Have a checkpoint taken when this step ends."""
-        self._wants_checkpoint = self._attention = True
+        self._wants_checkpoint = True
+        self._ask_for_attention()
 
     def request_leave(self, state: str, reason: str) -> None:
         """Ask the loop to checkpoint and leave when this step ends. May be called from a signal handler.
@@ -390,7 +408,7 @@ class Run:
             reason: Why; shown to the user and kept as a tag.
         """
         self._leave = self._leave or (state, reason)
-        self._attention = True
+        self._ask_for_attention()
 
     def leave_at_once(self) -> None:
         """Do not wait, or not any longer, for the delivery at the end: the sender goes on by itself."""
@@ -508,9 +526,10 @@ class Run:
     def _settle(self) -> bool:
         """Do what is due between two steps; whether the training is over."""
         self._attention = False  # first: what happens from here on is for the next step
-        if epoch_ended := self._epoch_ends:
-            self.epochs_done, self._batch = self.epochs_done + 1, 0
-            self._epoch_ends = False
+        if epoch_ended := self.step == self._epoch_end:
+            self.epochs_done += 1
+            self._epoch_end += self._epoch_end - self._epoch_start
+            self._epoch_start = self.step
         leave = self._leave  # may be set at any moment: what leaves has been saved
         if leave is not None and leave[0] == "superseded":
             raise self._taken()
@@ -529,10 +548,21 @@ class Run:
             raise Paused(*leave)
         return ends
 
+    @property
+    def _batch(self) -> int:
+        """How many batches of the epoch are done, after this step."""
+        return (self.step - self._epoch_start) * self._accumulate
+
+    def _ask_for_attention(self) -> None:
+        """Have `_settle` called when this step ends; from any thread, after the reason is in place."""
+        self._attention = True
+        self._next_due = 0.0
+
     def _plan_next(self) -> None:
-        """Until the next step that something is due at, a step looks at nothing but `_attention`."""
         last = math.inf if self.total_steps is None else self.total_steps
-        self._next_due = min(self._due.next_step(self.step), last)
+        self._next_due = min(self._due.next_step(self.step), self._epoch_end, last)
+        if self._attention:  # asked for meanwhile, and overwritten
+            self._next_due = 0.0
 
     def _taken(self) -> RunTaken:
         return RunTaken(
@@ -556,7 +586,7 @@ class Run:
         taken = self._pipe.take_checkpoint(self._compose(), manifest, pinned=pinned, wait=wait)
         self._wants_checkpoint = not taken
         if not taken:
-            self._attention = True
+            self._ask_for_attention()
 
     def _compose(self) -> dict[str, Any]:
         points = self._points.state_dict()
@@ -592,7 +622,8 @@ class Run:
         return environment(self._parts.device())
 
     def _continue(self, state: dict[str, Any]) -> None:
-        self.step, self.epochs_done, self._batch = state["step"], state["epoch"], state["batch"]
+        self.step, self.epochs_done = state["step"], state["epoch"]
+        self._epoch_start, self._accumulate = self.step - state["batch"], 1  # until the loop says how many
         self.state = dict(state["state"])
         self.stopping.load_state_dict(state["stopping"])
         self._points.load_state_dict(state["points"])
@@ -602,7 +633,7 @@ class Run:
     def _check_data(self, state: dict[str, Any], data: dict[str, int]) -> None:
         """Mid-epoch, the place in the data is a number of batches of a certain size."""
         changed = differences(state["data"], data)
-        if self._batch and changed:
+        if state["batch"] and changed:
             raise UsageError(
                 f"the checkpoint lies inside an epoch, and the data has changed: {'; '.join(changed)}",
                 expected="the same data set, batch size and accumulation until the epoch is over",
@@ -624,11 +655,11 @@ class Run:
         """Take note of what the sender says, and show how far it is."""
         if said.get("superseded"):
             self._leave = ("superseded", "another process has taken the run over")
-            self._attention = True
+            self._ask_for_attention()
         elif (command := said.get("command")) in ("pause", "stop"):
             self.request_leave("paused" if command == "pause" else "stopped", f"asked to {command}")
         if self._due.is_late() or self._points.not_finite is not None:
-            self._attention = True
+            self._ask_for_attention()
         self.progress.update(self)
 
     def latest(self) -> dict[str, float]:
