@@ -406,8 +406,11 @@ def test_a_full_spool_is_told_before_anything_starts(trained: Trained, tmp_path:
     assert_told(result, 1, f"the spool at {tmp_path / 'spool'}", "File too large", "run gc", "--spool-dir")
 
 
-def test_a_disk_that_is_too_full_for_checkpoints_is_told_and_costs_no_point(
-    trained: Trained, remote_workplace: Workplace
+@pytest.mark.parametrize(
+    ("kilobytes", "what"), [(12, "File too large\n"), (18, "File too large: ")], ids=["memory", "disk"]
+)
+def test_too_little_space_for_checkpoints_is_told_and_costs_no_point(
+    trained: Trained, remote_workplace: Workplace, kilobytes: int, what: str
 ) -> None:
     # With all the space that it wants.
     sender = trained.nursery.start_sender(
@@ -415,9 +418,9 @@ def test_a_disk_that_is_too_full_for_checkpoints_is_told_and_costs_no_point(
     )
     file = remote_workplace.experiment()
 
-    result = limited(remote_workplace, 12, "train", file, "--epochs", "2", "--json")
+    result = limited(remote_workplace, kilobytes, "train", file, "--epochs", "2", "--json")
 
-    assert "warning: a checkpoint could not be written: File too large" in result.stderr
+    assert f"warning: a checkpoint could not be written: {what}" in result.stderr
     assert "Traceback" not in result.stderr
     assert result.returncode == 0
     assert result.json["undelivered"] == 0
@@ -482,6 +485,7 @@ def test_a_training_goes_on_without_its_server_says_so_at_once_and_ends_with_3(
         )
     finally:
         sender.kill()
+        place.end_senders()  # the training has started another one
 
     assert result.returncode == 3, result
     assert "warning: nothing is delivered at the moment: " in result.stderr

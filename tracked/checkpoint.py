@@ -181,7 +181,8 @@ class Writer:
             wait: Wait for a free slot rather than decline.
 
         Returns:
-            False if both slots are taken, by one being written and a pinned one: ask again later.
+            False if both slots are taken, by one being written and a pinned one: ask again later. True also
+            where there is no memory for a copy, which has been told.
 
         Raises:
             CheckpointError: The state holds something that could not be loaded again.
@@ -198,7 +199,11 @@ class Writer:
             # Claimed, so that the writing thread cannot start on it while it is overwritten.
             self._waiting = None
             slot = 1 - self._writing.slot if self._writing else 0
-        layout = _copy(list(pickler.storages.values()), self._slots[slot])
+        try:
+            layout = _copy(list(pickler.storages.values()), self._slots[slot])
+        except OSError as error:  # no memory for it
+            self._on_failed(error.strerror or str(error))
+            return True
         snapshot = Snapshot(buffer.getvalue(), layout, slot, folder, dict(manifest), pinned)
         with self._changed:
             self._waiting = snapshot
