@@ -352,6 +352,7 @@ def test_sync_leaves_a_living_training_alone_and_discards_what_a_newer_attempt_s
     assert proof.proven[0].startswith("the run is being trained")
 
     workplace.end_senders()
+    wait_until(lambda: inspection.undelivered(run), "points that nobody delivers")
     os.killpg(training.pid, signal.SIGKILL)
     training.wait()
     workplace.end_senders()  # the training may have started another one meanwhile
