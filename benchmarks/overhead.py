@@ -261,7 +261,7 @@ def hugging_face(steps: int, address: str) -> Timing:
 
 def measure(repeat: int, repeat_others: int, workers: int, only: Sequence[str] = ()) -> list[Row]:
     """All rows, or those named in `only`, each measured `repeat` times (other loggers: `repeat_others`)."""
-    # The sender stays while the others have their turns: each run of a sweep finds one, too.
+    # Else it would leave while the others have their turns, and start again in the midst of a timed loop.
     os.environ["TRACKED_SENDER_IDLE"] = "600"
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         directory = Path(name)

@@ -65,7 +65,7 @@ def begin(
     Raises:
         ParamError: A name that MLflow refuses.
     """
-    shown_params(params)
+    shown_params(params)  # refused here, there is no run that has failed
     outbox = place.start_sender()
     handle, nonce = uuid.uuid4().hex, uuid.uuid4().hex
     folder = outbox.run(handle)
@@ -215,19 +215,15 @@ def find_run(server: Server, word: str) -> RunView:
 
 def local_runs(place: Place, word: str) -> list[RunFolder]:
     """What this machine's spool holds of the run that `word` means; for `last`, all that waits to be delivered."""
-    runs = [run for outbox in spool.outboxes(place.spool) for run in outbox.runs()]
+    boxes = list(spool.outboxes(place.spool))
     if word == "last":
         # Any of them may be the last run, which the server alone can tell once it has them.
-        here = redact(place.tracking_uri)
-        return [
-            run
-            for outbox in spool.outboxes(place.spool)
-            if outbox.tracking_uri == here
-            for run in outbox.runs()
-            if run.journals() and not any(spool.is_held(journal / "lock") for journal in run.journals())
-        ]
+        here = [box for box in boxes if box.tracking_uri == redact(place.tracking_uri)]
+        waiting = [run for box in here for run in box.runs() if run.journals()]
+        return [run for run in waiting if not any(spool.is_held(path / "lock") for path in run.journals())]
     if len(word) < 4:
         return []
+    runs = [run for box in boxes for run in box.runs()]
     return [
         run
         for run in runs
@@ -277,9 +273,8 @@ def watch(server: Server, run_id: str, say: Say, known: str = "") -> RunView:
     view = server.get_run(run_id)
     seen, deadline = view.tags.get(HEARTBEAT), time.monotonic() + sender.watch_seconds()
     if view.status == "RUNNING" or _is_silent(view, known):
-        say(
-            f"the run is marked as running; watching for {sender.watch_seconds():g} s whether somebody trains it"
-        )
+        found = "marked as running" if view.status == "RUNNING" else "claimed by an attempt that is silent"
+        say(f"the run is {found}; watching for {sender.watch_seconds():g} s whether somebody trains it")
     while (view.status == "RUNNING" or _is_silent(view, known)) and time.monotonic() < deadline:
         time.sleep(min(1.0, sender.watch_seconds() / 4))
         view = server.get_run(run_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -229,8 +230,9 @@ def _carry_out(work: Callable[[Request], Run], request: Request, *, as_json: boo
         traceback.print_exception(_without_our_frames(error))
         tell()
         sys.exit(FAILED)
-    for line in _summary(run):
-        click.echo(line, err=True)
+    with contextlib.suppress(OSError):  # who reads our words may be gone: the exit status counts
+        for line in _summary(run):
+            click.echo(line, err=True)
     tell()
     if run.last_state == "paused":
         sys.exit(PAUSED)

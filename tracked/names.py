@@ -48,10 +48,10 @@ def step_of(name: str) -> int | None:
     return int(digits) if name == f"step-{digits}" and digits.isdigit() and len(digits) >= 8 else None
 
 
-# A param can be written once, so it decides which of several newcomers has the attempt.
 OURS = f"tags.`{HANDLE}` LIKE '%'"
 """MLflow's filter for the runs of this package."""
 
+# A param can be written once, so it decides which of several newcomers has the attempt.
 _ATTEMPT_PARAM = "tracked.attempt."
 
 

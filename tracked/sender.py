@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 POINTS_IN_A_REQUEST = 1000
 POLL_SECONDS = 0.05
 GATHER_SECONDS = 1.0
-REQUEST_SECONDS = 5.0  # what `Server` grants a request
+REQUEST_SECONDS = 5.0
 LONGEST_BACK_OFF = 5.0
 
 
@@ -565,7 +565,8 @@ def main() -> None:
         return
     from tracked.server import Server  # MLflow: seconds to import, so only by the one sender there is
 
-    Sender(outbox, lock, Server(os.environ["TRACKED_SENDER_URI"])).serve()
+    server = Server(os.environ["TRACKED_SENDER_URI"], timeout=REQUEST_SECONDS)
+    Sender(outbox, lock, server).serve()
 
 
 if __name__ == "__main__":

@@ -239,9 +239,9 @@ def resume(word: str, request: Request) -> Run:
 def _record_changes(run: Run, changes: Mapping[str, Any]) -> None:
     """Tag the run with what was overridden: name -> [recorded, new]."""
     texts = {name: json.dumps(pair, default=str) for name, pair in changes.items()}
+    redacted = provenance.redact_values(texts)
     shown = {
-        name: changes[name] if text == texts[name] else text
-        for name, text in provenance.redact_values(texts).items()
+        name: pair if redacted[name] == texts[name] else redacted[name] for name, pair in changes.items()
     }
     run.record({OVERRIDE: json.dumps({"step": run.step, "changes": shown}, default=str)})
 
@@ -501,7 +501,7 @@ def resume_run(
 def fit(task: Task, experiment_name: str = "default", params: Any = None, **options: Any) -> Run:
     """Train a task in a run of its own, to its end; options as in `start`."""
     with start(experiment_name, params, **options) as run:
-        loop.fit(task, run)  # configures it
+        loop.fit(task, run)
     return run
 
 
