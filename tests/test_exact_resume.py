@@ -438,6 +438,51 @@ def test_a_batch_built_after_the_resume_draws_from_the_seed_alone(tmp_path: Path
     assert len({numbers[0] for numbers in drawn.values()}) == 8
 
 
+class Faulty(tiny.Noisy):
+    """Cannot read one of its samples while the file is not there."""
+
+    def __init__(self, mended: Path) -> None:
+        super().__init__(26, "torch")
+        self.mended = mended
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if index == 7 and not self.mended.exists():
+            raise OSError("this sample cannot be read")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_that_cannot_be_built_costs_no_step(tmp_path: Path, workers: int) -> None:
+    mended = tmp_path / "mended"
+
+    def built() -> tracked.Task:
+        task = tiny.build(tiny.Params(workers=workers))
+        task.train_data = Faulty(mended)
+        return task
+
+    settings = Settings(seed=3, epochs=2, checkpoint_every=("1 epoch",), device="cpu")
+    with pytest.raises(OSError, match="this sample cannot be read"):
+        train(tmp_path / "failed", fitting(built), settings)
+    mended.touch()
+    folders = (tmp_path / "failed").glob("*/runs/*/checkpoints/step-*")
+    path = max(folders, key=lambda folder: folder.name) / "checkpoint.pt"
+    state = checkpoint.load(path)
+    assert 0 < state["step"] < 7
+    straight = train(tmp_path, fitting(built), settings)
+    assert straight.steps == [0, 7, 14]
+    assert differences(straight, train(tmp_path, fitting(built), settings, state), state["step"]) == []
+
+
+def test_a_step_that_asks_for_a_checkpoint_and_is_left_by_break_has_one(tmp_path: Path) -> None:
+    def body(run: tracked.Run) -> None:
+        for _ in run.steps(8):
+            if run.step == 5:
+                run.save()
+                break
+
+    assert train(tmp_path, body, Settings()).steps == [0, 5]
+
+
 # -- real processes, a real server
 
 PROCESS = """

@@ -25,7 +25,7 @@ from tracked.loop import choose_device, learning_rates
 from tracked.schedule import Settings
 from tracked.seeding import derive, seed_generators
 from tracked.tracking import Paused, Run
-from tracked.training import _difference, leaving_on_signals
+from tracked.training import leaving_on_signals
 
 SETTINGS = Settings(epochs=2, device="cpu", keep_last=100)
 INPUTS = torch.randn(22, 3, generator=torch.Generator().manual_seed(1))
@@ -300,35 +300,3 @@ def test_a_signal_pauses_a_training_whose_terminal_is_gone(tmp_path: Path) -> No
         assert run.step == 1
     for each in (writer, errors):
         os.close(each)
-
-
-@pytest.mark.parametrize("composed", [False, True])
-def test_an_overridden_rate_goes_on_where_the_schedule_stands(composed: bool) -> None:
-    def built(rate: float) -> tracked.Task:
-        found = task(lr=rate)
-        optimizer = found.optimizer
-        schedule: Any = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
-        if composed:
-            warm = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=4)
-            schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, schedule], [4])
-        found.scheduler = schedule
-        return found
-
-    def rates(found: tracked.Task, steps: int) -> list[float]:
-        seen = []
-        for _ in range(steps):
-            found.optimizer.step()
-            found.scheduler.step()
-            seen.append(found.optimizer.param_groups[0]["lr"])
-        return seen
-
-    recorded, new = built(0.1), built(0.2)
-    rates(recorded, 6)
-    assert new.scheduler is not None
-    assert recorded.scheduler is not None
-    apply = _difference(built(0.1), new)
-    new.optimizer.load_state_dict(recorded.optimizer.state_dict())
-    new.scheduler.load_state_dict(recorded.scheduler.state_dict())
-    apply()
-
-    assert rates(new, 5) == pytest.approx([2 * rate for rate in rates(recorded, 5)])

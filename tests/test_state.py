@@ -138,3 +138,51 @@ def test_a_compiled_model_is_saved_under_its_own_names() -> None:
 def test_the_device_is_that_of_the_first_parameter() -> None:
     assert attached(model=network().to("meta")).device().type == "meta"
     assert Parts().device().type == "cpu"
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_an_overridden_rate_goes_on_where_the_schedule_stands(composed: bool) -> None:
+    def built(rate: float) -> tuple[Parts, torch.optim.SGD, Any]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate, momentum=0.9)
+        schedule: Any = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
+        if composed:
+            warm = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=4)
+            schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, schedule], [4])
+        return attached(optimizer=optimizer, scheduler=schedule), optimizer, schedule
+
+    def rates(steps: int, optimizer: torch.optim.SGD, schedule: Any) -> list[float]:
+        seen = []
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+            seen.append(optimizer.param_groups[0]["lr"])
+        return seen
+
+    parts, *recorded = built(0.1)
+    rates(6, *recorded)
+    state = copy.deepcopy(parts.capture())
+    (doubled, *new), (same, *old) = built(0.2), built(0.2)
+    doubled.restore(copy.deepcopy(state), overridden=True)
+    same.restore(copy.deepcopy(state))
+
+    expected = rates(5, *recorded)
+    assert rates(5, *new) == pytest.approx([2 * rate for rate in expected])
+    assert rates(5, *old) == expected  # what the code builds says nothing where nothing was asked for
+    assert (
+        doubled.capture()["built"]["optimizer"][0]["lr"]
+        == built(0.2)[0].capture()["built"]["optimizer"][0]["lr"]
+    )
+
+
+def test_an_overridden_option_without_a_schedule_is_set() -> None:
+    def built(**options: Any) -> tuple[Parts, torch.optim.SGD]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], **options)
+        return attached(optimizer=optimizer), optimizer
+
+    parts, recorded = built(lr=0.1, momentum=0.9)
+    recorded.param_groups[0]["weight_decay"] = 0.5  # set by hand, on the way
+    state = copy.deepcopy(parts.capture())
+    parts, changed = built(lr=0.3, momentum=0.9)
+    parts.restore(state, overridden=True)
+    group = changed.param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.9, 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -376,6 +377,15 @@ def main(run, params):
 """
 
 
+PARAMS = """from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Params:
+    lr: float = 0.01
+
+def main"""
+
+
 def test_points_that_are_logged_a_step_late_stand_once_after_a_resume(site: Site, home: Workplace) -> None:
     file = home.experiment(LATE, "late.py")
     trainer = site.nursery.start(home, "train", file, "--epochs", "2", "--checkpoint-every", "5 steps")
@@ -428,3 +438,82 @@ def test_the_key_of_a_job_is_that_of_the_line_in_it(monkeypatch: pytest.MonkeyPa
     assert one == again != other
     assert one is not None
     assert one.startswith("slurm-71-3-")
+
+
+# A rate that halves at step 7, in the thin loop or in a loop of one's own.
+SCHEDULED = """
+from dataclasses import dataclass
+import torch
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+import tracked
+
+@dataclass(frozen=True)
+class Params:
+    lr: float = 0.1
+
+INPUTS = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+DATA = TensorDataset(INPUTS, INPUTS.sum(1, keepdim=True))
+
+def parts(params):
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=params.lr)
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 6, 0.5)
+"""
+LOOPS = {
+    "the thin loop": """
+def build(params):
+    model, optimizer, scheduler = parts(params)
+    return tracked.Task(
+        model=model, loss=functional.mse_loss, optimizer=optimizer, scheduler=scheduler,
+        scheduler_interval="step", train_data=DATA, batch_size=4,
+    )
+""",
+    "an own loop": """
+def main(run, params):
+    model, optimizer, scheduler = parts(params)
+    run.attach(model=model, optimizer=optimizer, scheduler=scheduler)
+    for x, y in run.batches(DATA, batch_size=4):
+        run.log({"lr": optimizer.param_groups[0]["lr"]})
+        loss = functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+""",
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_overridden_rate_holds_from_the_checkpoint_on(site: Site, home: Workplace, loop: str) -> None:
+    file = home.experiment(SCHEDULED + LOOPS[loop], "scheduled.py")
+    run_id = site.nursery.run(home, "train", file, "--epochs", "1", "--json").json["run_id"]
+    site.nursery.run(home, "resume", run_id, "lr=0.4", "--epochs", "2")
+    result = site.nursery.run(home, "resume", run_id, "--epochs", "3", "--json").json
+
+    assert (result["resumed_from"], result["step"]) == (8, 12)
+    rates = dict(assert_whole(site.uri, run_id)["lr"])
+    given = {1: 0.1, 5: 0.4, 7: 0.2}
+    every = {step: given[max(each for each in given if each <= step)] for step in range(1, 13)}
+    expected = given if loop == "the thin loop" else every
+    assert rates == pytest.approx(expected)
+    tag = json.loads(MlflowClient(site.uri).get_run(run_id).data.tags["mlflow.tracked.override"])
+    assert tag == {"step": 4, "changes": {"lr": [0.1, 0.4]}}
+    assert state(site.uri, run_id)["params"] == {"lr": 0.4}
+
+
+def test_an_override_is_refused_where_points_stand_beyond_the_checkpoint(site: Site, home: Workplace) -> None:
+    file = home.experiment(LATE.replace("def main", PARAMS, 1).replace("lr=0.01", "lr=params.lr"), "late.py")
+    trainer = site.nursery.start(home, "train", file, "--epochs", "2", "--checkpoint-every", "5 steps")
+    handle = handle_of(trainer)
+    assert trainer.wait().returncode == -signal.SIGKILL
+
+    refused = site.nursery.run(home, "resume", handle, "lr=0.5", check=False)
+    assert refused.returncode == 2
+    assert (
+        "lr cannot be changed here: points up to step 12 stand beyond the checkpoint of step 10"
+        in refused.stderr
+    )
+    result = site.nursery.run(home, "resume", handle, "--json").json
+    assert (result["resumed_from"], result["replayed_equal"], result["state"]) == (10, 3, "finished")
+    assert_whole(site.uri, result["run_id"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,13 +23,12 @@ DEFAULT_EPOCHS = 10
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def fit(task: Task, run: Run, *, attached: Callable[[], None] = lambda: None) -> None:
+def fit(task: Task, run: Run) -> None:
     """Train `task`, fresh or from where `run` stands; there is no difference in here.
 
     Args:
         task: What to train.
         run: Where it is logged, and what draws its batches.
-        attached: Called once the parts have their state, before the first batch.
 
     Raises:
         LossNotFinite: A loss, or the monitored metric, is no finite number.
@@ -58,7 +57,6 @@ def fit(task: Task, run: Run, *, attached: Callable[[], None] = lambda: None) ->
     run.attach(**{name: part for name, part in parts.items() if part is not None})
     run.attach(scaler=scaler, running_loss=window_loss, **_stateful_metrics(task))
     run.require_finite("train/loss")
-    attached()
 
     evaluation = Due([settings.eval_every])
     options = dict(task.loader)

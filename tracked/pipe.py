@@ -92,6 +92,8 @@ class Attempt:
     replay: Replay = field(default_factory=dict)
     before: tuple[str, str] | None = None
     """State and reason in which the attempt found the run."""
+    overridden: bool = False
+    """Whether `params` differ from those that the restored state was trained with."""
     delivers: bool = True
 
     def ensure_sender(self) -> None:

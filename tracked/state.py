@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from tracked.errors import StateMismatch, UsageError
 
@@ -27,6 +29,7 @@ class Parts:
 
     def __init__(self) -> None:
         self._parts: dict[str, Stateful] = {}
+        self._built: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -46,6 +49,7 @@ class Parts:
         if name in self._parts:
             raise UsageError(f"{name!r} is attached already", expected="a name for each part")
         self._parts[name] = _uncompiled(part)
+        self._built[name] = copy.deepcopy(_hyperparameters(part))
 
     def device(self) -> torch.device:
         """Where the first attached parameter lies; the CPU if there is none."""
@@ -60,6 +64,7 @@ class Parts:
         state: dict[str, Any] = {
             f"{name}_state_dict": part.state_dict() for name, part in self._parts.items()
         }
+        state["built"] = {name: built for name, built in self._built.items() if built is not None}
         state["optimizer_parameters"] = {
             name: self._names(part)
             for name, part in self._parts.items()
@@ -71,8 +76,16 @@ class Parts:
         ]
         return state
 
-    def restore(self, state: Mapping[str, Any], only: tuple[str, ...] | None = None) -> None:
+    def restore(
+        self, state: Mapping[str, Any], only: tuple[str, ...] | None = None, *, overridden: bool = False
+    ) -> None:
         """Load what `capture` took into the parts (into those named in `only`).
+
+        Args:
+            state: What a checkpoint holds.
+            only: Names of parts.
+            overridden: The code was given other hyperparameters than the one that `state` is from. What it
+                builds differently in optimizers and schedulers, which loading puts back, goes on top.
 
         Raises:
             StateMismatch: A part is missing from the state, or its tensors do not fit.
@@ -100,6 +113,26 @@ class Parts:
         for name, parameter in self._parameters().items():
             if name in with_gradient and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        for name in self._built if overridden else ():
+            if name in state["built"] and (only is None or name in only):
+                self._apply_changes(name, state["built"][name])
+
+    def _apply_changes(self, name: str, before: Any) -> None:
+        """Set what the part's constructor set otherwise than the recorded one, on top of the loaded state."""
+        part, after = self._parts[name], self._built[name]
+        if isinstance(part, torch.optim.Optimizer):
+            scheduled = any(getattr(other, "optimizer", None) is part for other in self._parts.values())
+            for group, old, new in zip(part.param_groups, before, after, strict=True):
+                for key in new:
+                    if old.get(key) == new[key]:
+                        continue
+                    if key == "lr" and scheduled and old[key]:
+                        group[key] *= new[key] / old[key]  # keeps where the schedule stands
+                    else:
+                        group[key] = new[key]
+        elif isinstance(part, LRScheduler):
+            rates = [group["lr"] for group in part.optimizer.param_groups]
+            part.load_state_dict({**_with_changes(part.state_dict(), before, after), "_last_lr": rates})
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -121,6 +154,27 @@ class Parts:
 def _uncompiled(part: Any) -> Any:
     """The module under `torch.compile`, whose state names have no `_orig_mod.`."""
     return getattr(part, "_orig_mod", part)
+
+
+def _hyperparameters(part: Stateful) -> Any:
+    """What a constructor sets and loading puts back: an optimizer's options, a schedule."""
+    if isinstance(part, torch.optim.Optimizer):
+        return [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
+    return part.state_dict() if isinstance(part, LRScheduler) else None
+
+
+def _with_changes(loaded: Any, before: Any, after: Any) -> Any:
+    """`loaded`, with those leaves that two fresh states differ in taken from the second."""
+    if isinstance(loaded, dict) and isinstance(before, dict) and isinstance(after, dict):
+        common = before.keys() & after.keys() - {"_last_lr"}
+        return {
+            key: _with_changes(value, before[key], after[key]) if key in common else value
+            for key, value in loaded.items()
+        }
+    lists = isinstance(loaded, list) and isinstance(before, list) and isinstance(after, list)
+    if lists and len(loaded) == len(before) == len(after):
+        return [_with_changes(*each) for each in zip(loaded, before, after, strict=True)]
+    return after if before != after else loaded
 
 
 def _load_module(name: str, module: nn.Module, saved: Mapping[str, Any]) -> None:

@@ -99,6 +99,7 @@ class Run:
         self._next_due = 0.0
         self._attention = False
         self._wants_checkpoint = False
+        self._taken_at = -1
         self._improved = False
         self._leave: tuple[str, str] | None = None
         self._ends_after_step = ""
@@ -191,7 +192,8 @@ class Run:
         """Name what is saved and resumed: anything with `state_dict` and `load_state_dict`.
 
         In a resumed run the parts get their state back here. Attach a model before, or together with, the
-        optimizer of its parameters.
+        optimizer of its parameters, and a scheduler together with its optimizer: an overridden learning rate
+        then goes on where the schedule stands.
 
         Raises:
             UsageError: A part cannot be saved, or comes after the first batch.
@@ -204,7 +206,7 @@ class Run:
         for name, part in parts.items():
             self._parts.attach(name, part)
         if self._restored is not None:
-            self._parts.restore(self._restored, tuple(parts))
+            self._parts.restore(self._restored, tuple(parts), overridden=self._attempt.overridden)
         else:
             check_loadable(self._parts.capture())
 
@@ -326,14 +328,22 @@ class Run:
         self._begin({"samples": batches.samples, "batch_size": batches.batch_size, "accumulate": accumulate})
         draws, step_seeds = batches.draws, self._step_seeds
         while self.step < self.total_steps and not self._ends_after_step:
-            for item in grouped(batches.epoch(self.epochs_done, self._batch)):
-                self.step += 1
-                # Else who builds the batches, the main process or a worker, would decide what the step draws.
-                if draws:
-                    seed_generators(next(step_seeds))
-                yield item
-                if self.step >= self._next_due and self._settle():
-                    return
+            try:
+                for item in grouped(batches.epoch(self.epochs_done, self._batch)):
+                    self.step += 1
+                    # Else who builds the batches, main process or worker, would decide what the step draws.
+                    if draws:
+                        seed_generators(next(step_seeds))
+                    yield item
+                    if self.step >= self._next_due and self._settle():
+                        return
+            except TrackedError:
+                raise
+            except Exception:
+                # No batch could be built: the state is still that of the last step.
+                if self.step != self._taken_at:
+                    self._take_checkpoint(wait=True)
+                raise
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Log numbers or one-element tensors at `step` (by default the one being made). Never waits.
@@ -396,7 +406,7 @@ class Run:
         self._pipe.append("tags", dict(tags))
 
     def save(self) -> None:
-        """Have a checkpoint taken when this step ends."""
+        """Have a checkpoint taken when this step ends, also where a `break` ends it."""
         self._wants_checkpoint = True
         self._ask_for_attention()
 
@@ -428,6 +438,8 @@ class Run:
         """
         if self._over:
             return self.undelivered
+        if self._wants_checkpoint and self._looping and state == "finished":
+            self._take_checkpoint(wait=True)  # the loop was left in the step that asked for it
         self._over = True
         if state == "finished" and self._ends_after_step:
             state, reason = "stopped_early", self._ends_after_step
@@ -585,7 +597,9 @@ class Run:
         }
         taken = self._pipe.take_checkpoint(self._compose(), manifest, pinned=pinned, wait=wait)
         self._wants_checkpoint = not taken
-        if not taken:
+        if taken:
+            self._taken_at = self.step
+        else:
             self._ask_for_attention()
 
     def _compose(self) -> dict[str, Any]:
@@ -623,6 +637,7 @@ class Run:
 
     def _continue(self, state: dict[str, Any]) -> None:
         self.step, self.epochs_done = state["step"], state["epoch"]
+        self._taken_at = self.step
         self._epoch_start, self._accumulate = self.step - state["batch"], 1  # until the loop says how many
         self.state = dict(state["state"])
         self.stopping.load_state_dict(state["stopping"])

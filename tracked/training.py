@@ -9,7 +9,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -226,13 +226,13 @@ def resume(word: str, request: Request) -> Run:
     except BaseException:
         attempt.lock.release()
         raise
-    attempt.params = params.flatten(new)
+    attempt.params, attempt.overridden = params.flatten(new), bool(differing)
     run = request.run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
     run.progress.say(f"run {run.id} goes on from step {run.step} (epoch {run.epoch})  {run.url}".rstrip())
     if changes:
         _record_changes(run, changes)
     with _until_over(run):
-        _carry_out(experiment, new, run, old=old if differing else None)
+        _carry_out(experiment, new, run)
     return run
 
 
@@ -246,69 +246,15 @@ def _record_changes(run: Run, changes: Mapping[str, Any]) -> None:
     run.record({OVERRIDE: json.dumps({"step": run.step, "changes": shown}, default=str)})
 
 
-def _carry_out(experiment: Experiment, values: Any, run: Run, *, old: Any = None) -> None:
-    """Build and train; with `old` params, what differs is applied on top of the loaded state."""
+def _carry_out(experiment: Experiment, values: Any, run: Run) -> None:
     if run.settings.deterministic:
         # cuBLAS reads it when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    seed = derive(run.settings.seed, "build")
-    seed_generators(seed)
+    seed_generators(derive(run.settings.seed, "build"))
     if experiment.main is not None:
-        if old is not None:
-            run.progress.warn(
-                "main(run, params) gets the new values, and what it attaches keeps the recorded ones: "
-                "set a learning rate after run.attach"
-            )
         experiment.main(run, values)
-        return
-    task = experiment.task(values)
-    apply: Callable[[], None] = lambda: None  # noqa: E731
-    if old is not None:
-        seed_generators(seed)
-        apply = _difference(experiment.task(old), task)
-    loop.fit(task, run, attached=apply)
-
-
-def _difference(old: Task, new: Task) -> Callable[[], None]:
-    """What two builds set differently in parameter groups and scheduler, to be applied after loading.
-
-    Loading puts the recorded values back, so the new ones have to come after it. Under a scheduler
-    a learning rate is changed by the ratio of the two, which keeps where the schedule stands.
-    """
-    old_groups = [{k: v for k, v in group.items() if k != "params"} for group in old.optimizer.param_groups]
-    new_groups = [{k: v for k, v in group.items() if k != "params"} for group in new.optimizer.param_groups]
-    old_schedule = old.scheduler.state_dict() if old.scheduler is not None else {}
-    new_schedule = dict(new.scheduler.state_dict()) if new.scheduler is not None else {}
-
-    def apply() -> None:
-        for group, before, after in zip(new.optimizer.param_groups, old_groups, new_groups, strict=True):
-            for key in after:
-                if before.get(key) == after[key]:
-                    continue
-                if key == "lr" and new.scheduler is not None and before[key]:
-                    group[key] *= after[key] / before[key]
-                else:
-                    group[key] = after[key]
-        if new.scheduler is not None:
-            schedule = _with_changes(new.scheduler.state_dict(), old_schedule, new_schedule)
-            rates = [float(group["lr"]) for group in new.optimizer.param_groups]
-            new.scheduler.load_state_dict({**schedule, "_last_lr": rates})
-
-    return apply
-
-
-def _with_changes(loaded: Any, before: Any, after: Any) -> Any:
-    """`loaded`, with those leaves that two fresh states differ in taken from the second."""
-    if isinstance(loaded, dict) and isinstance(before, dict) and isinstance(after, dict):
-        common = before.keys() & after.keys() - {"_last_lr"}
-        return {
-            key: _with_changes(value, before[key], after[key]) if key in common else value
-            for key, value in loaded.items()
-        }
-    lists = isinstance(loaded, list) and isinstance(before, list) and isinstance(after, list)
-    if lists and len(loaded) == len(before) == len(after):
-        return [_with_changes(*each) for each in zip(loaded, before, after, strict=True)]
-    return after if before != after else loaded
+    else:
+        loop.fit(experiment.task(values), run)
 
 
 def _check_work_left(view: RunView, asked: Mapping[str, Any]) -> None:
@@ -471,7 +417,8 @@ def resume_run(
 
     Args:
         run_id: ID, unique prefix, local handle, or `last`.
-        params: What the script would train with now; what differs from the recorded is told and tagged.
+        params: What the script trains with now; what differs from the recorded is told, tagged, and applied
+            to the optimizers and schedulers that it attaches.
         tracking_uri: As in `start`, like the arguments after it.
         spool_dir: As in `start`.
         drain_timeout: As in `start`.
@@ -485,15 +432,16 @@ def resume_run(
     attempt, _ = take_over(Place.choose(tracking_uri, spool_dir), run_id, shown.say)
     try:
         chosen, changes = _changed_settings(attempt, {k: v for k, v in settings.items() if k != "seed"})
-        if params is not None:
-            changes |= {k: list(v) for k, v in _differences(attempt.params, _flat(params)).items()}
+        if params is not None and (differing := _differences(attempt.params, present := _flat(params))):
+            attempt.params, attempt.overridden = present, True
+            changes |= {k: list(v) for k, v in differing.items()}
         _refuse_beyond(attempt, sorted(changes), run_id)
     except BaseException:
         attempt.lock.release()
         raise
     run = _opened(attempt, chosen, drain_timeout=drain_timeout, progress=progress)
     if changes:
-        run.progress.warn(f"recorded and present values differ: {', '.join(changes)}")
+        run.progress.warn(f"recorded and present values differ, the present ones hold: {', '.join(changes)}")
         _record_changes(run, changes)
     return run
 
