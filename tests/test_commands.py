@@ -28,6 +28,7 @@ from tracked import inspection, upkeep
 from tracked.errors import RunNotFound, RunNotResumable, ServerUnavailable
 from tracked.journal import Journal
 from tracked.names import CHECKPOINT, HANDLE, HEARTBEAT, STATE, attempt_param
+from tracked.packing import pack
 from tracked.place import Place
 from tracked.server import RunView, Server
 from tracked.spool import Lock, RunFolder, read_json, write_json
@@ -373,7 +374,7 @@ def test_a_journal_without_its_first_record_is_reported_and_counts(workplace: Wo
     folder = place_of(workplace).outbox().run("ab" * 16)
     folder.make()
     journal = Journal(folder.path / "attempt-0001-00000000")
-    journal.append("points", [["a", 1, 1, 0.5], ["a", 2, 2, 0.5]])
+    journal.append("points", pack([("a", 1, 1, 0.5), ("a", 2, 2, 0.5)]))
     journal.close()
     said: list[str] = []
 

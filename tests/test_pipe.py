@@ -11,7 +11,9 @@ import torch
 import tracked
 from tests.processes import wait_until
 from tracked.attempts import rehearse
+from tracked.errors import MetricError
 from tracked.journal import Reader
+from tracked.packing import unpack
 from tracked.pipe import Progress, Retention
 from tracked.points import PointLog
 from tracked.schedule import Settings
@@ -95,3 +97,22 @@ def test_the_best_checkpoint_stays_known_while_it_is_being_written(tmp_path: Pat
                 run.save()
             if step == 3:
                 assert 1 in [each["step"] for each in run._compose()["checkpoints"]]
+
+
+class Numbered:
+    """Counts as a whole number, as NumPy's and torch's integers do."""
+
+    def __index__(self) -> int:
+        return 7
+
+
+def test_steps_are_whole_numbers_that_a_journal_can_hold(tmp_path: Path) -> None:
+    with Run(rehearse(tmp_path, {}), Settings()) as run:
+        for step in (1.5, "3", 1 << 63, None.__class__):
+            with pytest.raises(MetricError, match="is logged at step"):
+                run.log({"loss": 1.0}, step=step)  # type: ignore[arg-type]
+        run.log({"loss": 1.0}, step=Numbered())  # type: ignore[arg-type]
+
+    (journal,) = run._attempt.folder.journals()
+    (record,) = (each for each in Reader(journal, ("points",)).records("points") if each.kind == "points")
+    assert [point[:2] for point in unpack(record.body)] == [("loss", 7)]

@@ -25,6 +25,7 @@ from tests.processes import Workplace, wait_until
 from tests.proofs import assert_whole, curves, handle_of, only_run, run_id_of, told, until_committed
 from tests.servers import Answer, FakeFront, MlflowServer, Request, _Rule
 from tracked.journal import Journal
+from tracked.packing import pack
 from tracked.sender import Sender
 from tracked.server import Server
 from tracked.spool import Lock, RunFolder, open_outbox
@@ -61,7 +62,7 @@ class Writing:
     def points(self, key: str, first: int, last: int) -> None:
         for begin in range(first, last, 500):
             steps = range(begin, min(begin + 500, last))
-            self.append("points", [[key, step, 1_700_000_000_000 + step, step / 3] for step in steps])
+            self.append("points", pack([(key, step, 1_700_000_000_000 + step, step / 3) for step in steps]))
 
     def checkpoint(self, step: int, content: bytes, keep: list[int] | None = None) -> None:
         folder = self.folder.checkpoints / f"step-{step:08d}"
@@ -201,7 +202,7 @@ def test_a_record_that_mlflow_refuses_is_found_by_bisecting_and_the_rest_arrives
 ) -> None:
     writing = post.writing()
     writing.points("loss", 0, 300)
-    writing.append("points", [["not/../a/name", 5, 1_700_000_000_000, 1.0]])
+    writing.append("points", pack([("not/../a/name", 5, 1_700_000_000_000, 1.0)]))
     writing.append("tags", {"fine": "yes", "x" * 300: "too long a name", "also": "fine"})
     writing.points("loss", 300, 600)
     writing.end()

@@ -17,6 +17,7 @@ from tracked import checkpoint, loop, names
 from tracked.attempts import rehearse
 from tracked.experiment import Task
 from tracked.journal import Reader
+from tracked.packing import unpack
 from tracked.schedule import Settings
 from tracked.seeding import derive, seed_generators
 from tracked.tracking import Run
@@ -84,7 +85,7 @@ def train(root: Path, body: Body, settings: Settings, restored: State | None = N
         for journal in folder.journals()
         for record in Reader(journal, ("points",)).records("points")
         if record.kind == "points"
-        for key, step, _, value in record.body
+        for key, step, _, value in unpack(record.body)
     ]
     return Trained(run, folder.checkpoints, points)
 

@@ -41,6 +41,7 @@ from tracked.names import (
     newest_attempt,
     step_of,
 )
+from tracked.packing import unpack
 from tracked.place import Place
 from tracked.spool import RunFolder, is_held, read_json
 
@@ -136,7 +137,7 @@ def waiting_in(journal: Path) -> int:
     count = 0
     for record in reader.records("points"):
         if record.kind == "points":
-            count += len(record.body)
+            count += record.body["count"]
         elif record.kind in ("params", "tags", "damaged"):
             count += 1
     return count + sum(record.kind in ("artifact", "checkpoint", "end") for record in reader.records("files"))
@@ -180,7 +181,9 @@ def _as_view(run: RunFolder) -> RunView:
             elif record.kind == "tags":
                 tags |= record.body
             elif record.kind == "points":
-                latest |= {key: Latest(step, time_ms, value) for key, step, time_ms, value in record.body}
+                latest |= {
+                    key: Latest(step, time_ms, value) for key, step, time_ms, value in unpack(record.body)
+                }
         start = start or read_json(journal / "start.json")
     if "state" in about and not run.journals():
         tags[STATE] = about["state"]

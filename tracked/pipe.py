@@ -21,6 +21,7 @@ from tracked.checkpoint import Writer
 from tracked.errors import SpoolError
 from tracked.journal import Journal
 from tracked.names import DIVERGED_AT, FILE, POINTS, STATE, folder_name, step_of
+from tracked.packing import pack
 from tracked.params import as_text
 from tracked.points import PointLog, Replay
 from tracked.provenance import redact_values
@@ -229,7 +230,7 @@ class Pipe:
         # After the manifests: every point up to a written checkpoint's step stands before its record.
         points = self.points.drain()
         for start in range(0, len(points), _POINTS_IN_A_RECORD):
-            self._journal.append("points", points[start : start + _POINTS_IN_A_RECORD])
+            self._journal.append("points", pack(points[start : start + _POINTS_IN_A_RECORD]))
         self._appended += len(points)
         for manifest in manifests:
             self._keep(manifest)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from time import time
+from time import time_ns
 from typing import Any
 
 import torch
 
 from tracked.errors import MetricError
 from tracked.names import stored, validate_key
+from tracked.packing import Point
 
 Replay = Mapping[str, Mapping[int, float]]
 """What stands on the server beyond the checkpoint: key -> step -> stored value."""
+
+
+_Logged = tuple[str, int, int, float | torch.Tensor]
+"""A point whose value may be on a device still."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class PointLog:
     """
 
     def __init__(self, replay: Replay | None = None) -> None:
-        self._buffer: list[tuple[str, int, float, float | torch.Tensor]] = []
+        self._buffer: list[_Logged] = []
+        self._has_tensors = False
         self._series: dict[str, _Series] = {}
         self._replay = dict(replay or {})
         self.replayed_equal = 0
@@ -59,9 +66,16 @@ class PointLog:
             MetricError: No scalar, a name that MLflow refuses, another value for a (key, step) that is
                 taken, or a step before the key's last one.
         """
-        now = time()
+        now = time_ns() // 1_000_000
         for key, value in values.items():
-            number = value if type(value) is float else scalar(key, value)
+            # The way of every step, without a call: after a step's kernels each one finds cold caches.
+            if type(value) is torch.Tensor and value.is_cpu and value.numel() == 1:
+                value = value.item()  # noqa: PLW2901
+            if type(value) is float:
+                number: float | torch.Tensor = value
+            else:
+                number = scalar(key, value)
+                self._has_tensors |= isinstance(number, torch.Tensor)
             series = self._series.get(key)
             if series is None:
                 validate_key(key)
@@ -87,19 +101,20 @@ class PointLog:
         """How many points each key has."""
         return {key: series.count for key, series in list(self._series.items())}
 
-    def drain(self) -> list[tuple[str, int, int, float]]:
+    def drain(self) -> list[Point]:
         """Take out what was logged, less what already stands on the server."""
         # `log` may append meanwhile: only what is there now is taken, never the list itself.
         count = len(self._buffer)
         taken = self._buffer[:count]
         del self._buffer[:count]
-        points = _fetched(taken)
+        # Without a tensor, what was logged are the points; a loop over them would hold the training's lock.
+        points: list[Point] = _fetched(taken) if self._has_tensors else taken  # type: ignore[assignment]
         for key, step, _, value in points if self.must_be_finite else ():
             if key in self.must_be_finite and self.not_finite is None and not math.isfinite(value):
                 self.not_finite = (step, value)
         return [point for point in points if not self._stands(point)] if self._replay else points
 
-    def _stands(self, point: tuple[str, int, int, float]) -> bool:
+    def _stands(self, point: Point) -> bool:
         key, step, _, value = point
         delivered = self._replay.get(key, {}).get(step)
         if delivered is None:
@@ -133,9 +148,6 @@ def scalar(key: str, value: Any) -> float | torch.Tensor:
         MetricError: It is no number, or more than one.
     """
     if isinstance(value, torch.Tensor):
-        # The way of every step first, and short: after a step's kernels each call finds cold caches.
-        if value.is_cpu and value.numel() == 1 and type(number := value.item()) is float:
-            return number
         if value.numel() != 1 or value.is_complex():
             raise _no_scalar(key, f"a tensor of shape {tuple(value.shape)} and {value.dtype}")
         if value.is_cpu:
@@ -148,6 +160,25 @@ def scalar(key: str, value: Any) -> float | torch.Tensor:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise _no_scalar(key, f"a {type(value).__name__}: {value!r:.60}") from None
+
+
+def whole(step: Any) -> int:
+    """A step as MLflow can store it.
+
+    Raises:
+        MetricError: It is no whole number, or needs more than 64 bits.
+    """
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = None
+    if number is None or not -(1 << 63) <= number < 1 << 63:
+        raise MetricError(
+            f"a metric is logged at step {step!r:.60}",
+            expected="a whole number of at most 64 bits",
+            try_next="run.log(values) for the step that is being made",
+        )
+    return number
 
 
 def _no_scalar(key: str, what: str) -> MetricError:
@@ -172,10 +203,8 @@ def _check_repeated(key: str, step: int, value: float | torch.Tensor, last: _Ser
         )
 
 
-def _fetched(
-    taken: list[tuple[str, int, float, float | torch.Tensor]],
-) -> list[tuple[str, int, int, float]]:
-    """The points with values read from their devices, and times in ms."""
+def _fetched(taken: Sequence[_Logged]) -> list[Point]:
+    """The points with values read from their devices."""
     pending: dict[torch.device, list[torch.Tensor]] = {}
     for *_, value in taken:
         if isinstance(value, torch.Tensor):
@@ -188,11 +217,6 @@ def _fetched(
         arrived = {}
         taken = [point for point in taken if not isinstance(point[3], torch.Tensor)]
     return [
-        (
-            key,
-            step,
-            int(seconds * 1000),
-            next(arrived[value.device]) if isinstance(value, torch.Tensor) else value,
-        )
-        for key, step, seconds, value in taken
+        (key, step, time_ms, next(arrived[value.device]) if isinstance(value, torch.Tensor) else value)
+        for key, step, time_ms, value in taken
     ]

@@ -46,10 +46,11 @@ from tracked.names import (
     newest_attempt,
     step_of,
 )
+from tracked.packing import Point, unpack
 from tracked.spool import Lock, Outbox, RunFolder, is_held, read_json, write_json
 
 if TYPE_CHECKING:
-    from tracked.server import Point, RunView, Server
+    from tracked.server import RunView, Server
 
 POINTS_IN_A_REQUEST = 1000
 POLL_SECONDS = 0.05
@@ -262,13 +263,15 @@ class Delivery:
         """
         if not self.is_open():
             return False
-        batch: list[Point] = []
+        batch: list[dict[str, Any]] = []
+        count = 0
         end = self.reader.cursor("points")
         for record in self.reader.records("points"):
             if record.kind == "points":
-                if len(batch) + len(record.body) > self._points_at_once and batch:
+                if batch and count + record.body["count"] > self._points_at_once:
                     break
-                batch += [(key, step, timestamp, value) for key, step, timestamp, value in record.body]
+                batch.append(record.body)
+                count += record.body["count"]
             elif record.kind in ("params", "tags", "damaged"):
                 if batch:
                     break
@@ -278,16 +281,16 @@ class Delivery:
             end = record.end
         if end == self.reader.cursor("points"):
             return False
-        if batch and record.kind == "points" and not self._is_time_for(len(batch)):
+        if batch and record.kind == "points" and not self._is_time_for(count):
             return False
         if batch:
             # What a slow server could not store in time, it could never, if as much came again.
-            self._points_at_once = max(1, len(batch) // 2)
-            self._send_batch(batch)
+            self._points_at_once = max(1, count // 2)
+            self._send_batch([point for body in batch for point in unpack(body)])
             self._points_at_once = POINTS_IN_A_REQUEST
             self._sent_points = time.monotonic()
             reach("sender.before-acknowledge")
-        self.reader.acknowledge("points", end, len(batch))
+        self.reader.acknowledge("points", end, count)
         self.tell(points=self.reader.acknowledged, trouble="")
         return True
 

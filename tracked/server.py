@@ -50,10 +50,10 @@ from tracked.errors import (
     UsageError,
 )
 from tracked.names import HANDLE, stored
+from tracked.packing import Point
 
-__all__ = ["Latest", "Point", "RunView", "Server", "stored"]
+__all__ = ["Latest", "RunView", "Server", "stored"]
 
-Point = tuple[str, int, int, float]
 """Key, step, timestamp in ms, value."""
 
 _SQLITE = "sqlite:///"

@@ -20,6 +20,7 @@ from tracked.data import Batches, in_groups
 from tracked.errors import LossNotFinite, RunTaken, SpoolError, TrackedError, UsageError
 from tracked.names import EXACT, SETTINGS, STOP_REASON
 from tracked.pipe import Attempt, Pipe, Progress, Retention, shown_params
+from tracked.points import whole
 from tracked.provenance import boot_id, host_name, redact_text
 from tracked.schedule import Due, Settings
 from tracked.seeding import (
@@ -351,8 +352,7 @@ class Run:
         Raises:
             MetricError: See `PointLog.log`.
         """
-        step = self.step if step is None else step
-        self._points.log(step, values)
+        self._points.log(self.step if step is None else whole(step), values)
         monitor = self.settings.monitor
         if monitor is not None and monitor in values:
             self.judge(float(values[monitor]))
