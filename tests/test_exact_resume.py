@@ -473,14 +473,24 @@ def test_a_batch_that_cannot_be_built_costs_no_step(tmp_path: Path, workers: int
     assert differences(straight, train(tmp_path, fitting(built), settings, state), state["step"]) == []
 
 
-def test_a_step_that_asks_for_a_checkpoint_and_is_left_by_break_has_one(tmp_path: Path) -> None:
+def test_what_could_not_be_saved_does_not_hide_what_the_data_raised(tmp_path: Path) -> None:
     def body(run: tracked.Run) -> None:
-        for _ in run.steps(8):
-            if run.step == 5:
-                run.save()
-                break
+        for _ in run.batches(Faulty(tmp_path / "never"), batch_size=4, epochs=1):
+            run.state["step"] = object()
 
-    assert train(tmp_path, body, Settings()).steps == [0, 5]
+    with pytest.raises(OSError, match="this sample cannot be read"):
+        train(tmp_path, body, Settings(seed=3))
+
+
+def test_weights_that_are_no_numbers_are_not_rescued(tmp_path: Path) -> None:
+    def body(run: tracked.Run) -> None:
+        run.require_finite("train/loss")
+        for _ in run.batches(Faulty(tmp_path / "never"), batch_size=4, epochs=1):
+            run.log({"train/loss": math.nan if run.step > 1 else 0.5})
+
+    with pytest.raises(OSError, match="this sample cannot be read"):
+        train(tmp_path, body, Settings(seed=3, epochs=1, checkpoint_every=("1 epoch",)))
+    assert [path.name for path in tmp_path.glob("*/runs/*/checkpoints/step-*")] == ["step-00000000"]
 
 
 # -- real processes, a real server

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 
 from tracked.errors import StateMismatch, UsageError
 from tracked.state import Parts
@@ -140,38 +142,104 @@ def test_the_device_is_that_of_the_first_parameter() -> None:
     assert Parts().device().type == "cpu"
 
 
-@pytest.mark.parametrize("composed", [False, True])
-def test_an_overridden_rate_goes_on_where_the_schedule_stands(composed: bool) -> None:
-    def built(rate: float) -> tuple[Parts, torch.optim.SGD, Any]:
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate, momentum=0.9)
-        schedule: Any = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
-        if composed:
-            warm = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=4)
-            schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, schedule], [4])
-        return attached(optimizer=optimizer, scheduler=schedule), optimizer, schedule
+class Halving:
+    """A scheduler of one's own, which goes back to the rates that it was made with."""
 
-    def rates(steps: int, optimizer: torch.optim.SGD, schedule: Any) -> list[float]:
-        seen = []
-        for _ in range(steps):
-            optimizer.step()
-            schedule.step()
-            seen.append(optimizer.param_groups[0]["lr"])
-        return seen
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.count = 0
 
-    parts, *recorded = built(0.1)
+    def step(self) -> None:
+        self.count += 1
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate / 2**self.count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rates": self.rates, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rates, self.count = state["rates"], state["count"]
+
+
+def warming_up(optimizer: torch.optim.Optimizer) -> Any:
+    warm = lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=4)
+    return lr_scheduler.SequentialLR(optimizer, [warm, lr_scheduler.StepLR(optimizer, 3, gamma=0.5)], [4])
+
+
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "step": lambda optimizer: lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5),
+    "warm-up": warming_up,
+    "linear": lambda optimizer: lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=8),
+    "from zero": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda count: min(1, count / 8)),
+    "milestones": lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [2, 8]),
+    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=20),
+    "own": Halving,
+    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(
+        optimizer, max_lr=optimizer.param_groups[0]["lr"], total_steps=20
+    ),
+}
+
+
+def scheduled(rate: float, schedule: Callable[[torch.optim.Optimizer], Any]) -> tuple[Parts, Any, Any]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate, momentum=0.9)
+    scheduler = schedule(optimizer)
+    return attached(scheduler=scheduler, optimizer=optimizer), optimizer, scheduler
+
+
+def rates(steps: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> list[float]:
+    seen = []
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step()
+        seen.append(float(optimizer.param_groups[0]["lr"]))
+    return seen
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_an_overridden_rate_goes_on_where_the_schedule_stands(name: str) -> None:
+    parts, *recorded = scheduled(0.1, SCHEDULES[name])
     rates(6, *recorded)
     state = copy.deepcopy(parts.capture())
-    (doubled, *new), (same, *old) = built(0.2), built(0.2)
+    _, *straight = scheduled(0.2, SCHEDULES[name])
+    expected = rates(11, *straight)
+    (doubled, *new), (same, *old) = scheduled(0.2, SCHEDULES[name]), scheduled(0.2, SCHEDULES[name])
     doubled.restore(copy.deepcopy(state), overridden=True)
     same.restore(copy.deepcopy(state))
 
-    expected = rates(5, *recorded)
-    assert rates(5, *new) == pytest.approx([2 * rate for rate in expected])
-    assert rates(5, *old) == expected  # what the code builds says nothing where nothing was asked for
-    assert (
-        doubled.capture()["built"]["optimizer"][0]["lr"]
-        == built(0.2)[0].capture()["built"]["optimizer"][0]["lr"]
+    found = [new[0].param_groups[0]["lr"], *rates(5, *new)]
+    assert found == pytest.approx(expected[5:])
+    # What the code builds says nothing where nothing was asked for.
+    assert rates(5, *old) == rates(5, *recorded)
+
+
+def test_an_overridden_schedule_holds_without_moving_the_rate() -> None:
+    parts, *recorded = scheduled(0.1, lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [8]))
+    rates(6, *recorded)
+    later, *new = scheduled(0.1, lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [9]))
+    later.restore(copy.deepcopy(parts.capture()), overridden=True)
+    assert rates(4, *new) == pytest.approx([0.1, 0.1, 0.01, 0.01])
+
+    parts, *recorded = scheduled(0.1, SCHEDULES["linear"])
+    rates(9, *recorded)
+    over, *new = scheduled(
+        0.1, lambda optimizer: lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=8)
     )
+    over.restore(copy.deepcopy(parts.capture()), overridden=True)
+    assert [new[0].param_groups[0]["lr"], *rates(2, *new)] == pytest.approx([0.1] * 3)
+
+
+def test_what_a_constructor_set_stays_as_it_was_recorded() -> None:
+    def built(rate: float) -> tuple[Parts, torch.optim.SGD]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=torch.tensor(rate))
+        return attached(optimizer=optimizer), optimizer
+
+    state = copy.deepcopy(built(0.1)[0].capture())
+    parts, optimizer = built(0.5)
+    parts.restore(state, overridden=True)
+    assert float(optimizer.param_groups[0]["lr"]) == 0.5
+    optimizer.param_groups[0]["lr"].mul_(0.5)
+    assert float(parts.capture()["built"]["optimizer"][0]["lr"]) == 0.5
 
 
 def test_an_overridden_option_without_a_schedule_is_set() -> None:
@@ -186,3 +254,39 @@ def test_an_overridden_option_without_a_schedule_is_set() -> None:
     parts.restore(state, overridden=True)
     group = changed.param_groups[0]
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.9, 0.5)
+
+
+class Remembering(nn.Module):
+    """Keeps what its `state_dict` leaves out: a constant, a sum, and a cache that grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+        self.register_buffer("mask", torch.ones(2), persistent=False)
+        self.register_buffer("total", torch.zeros(2), persistent=False)
+        self.register_buffer("cache", None, persistent=False)
+        self.mask: torch.Tensor
+        self.total: torch.Tensor
+        self.cache: torch.Tensor | None
+
+    def see(self, inputs: torch.Tensor) -> None:
+        self.total += inputs.sum(0)
+        self.cache = inputs if self.cache is None else torch.cat([self.cache, inputs])
+
+
+def test_buffers_that_a_module_does_not_save_are_saved_once_they_change() -> None:
+    kept, fresh = Remembering(), Remembering()
+    parts = attached(model=nn.Sequential(kept))
+    assert parts.capture()["other_buffers"] == {}
+    for _ in range(2):
+        kept.see(torch.randn(3, 2))
+    state = copy.deepcopy(parts.capture())
+    assert sorted(state["other_buffers"]) == ["model.0.cache", "model.0.total"]
+
+    restored = attached(model=nn.Sequential(fresh))
+    restored.restore(state)
+    assert compare_states(restored.capture(), state)[1] == []
+    assert fresh.cache is not None
+    assert kept.cache is not None
+    assert torch.equal(fresh.cache, kept.cache)
+    assert torch.equal(fresh.total, kept.total)

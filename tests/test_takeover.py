@@ -498,12 +498,13 @@ def test_an_overridden_rate_holds_from_the_checkpoint_on(site: Site, home: Workp
     expected = given if loop == "the thin loop" else every
     assert rates == pytest.approx(expected)
     tag = json.loads(MlflowClient(site.uri).get_run(run_id).data.tags["mlflow.tracked.override"])
-    assert tag == {"step": 4, "changes": {"lr": [0.1, 0.4]}}
+    assert tag == {"step": 4, "params": {"lr": [0.1, 0.4]}, "settings": {}}
     assert state(site.uri, run_id)["params"] == {"lr": 0.4}
 
 
 def test_an_override_is_refused_where_points_stand_beyond_the_checkpoint(site: Site, home: Workplace) -> None:
-    file = home.experiment(LATE.replace("def main", PARAMS, 1).replace("lr=0.01", "lr=params.lr"), "late.py")
+    text = LATE.replace("def main", PARAMS, 1).replace("lr=0.01", "lr=params.lr")
+    file = home.experiment(text.replace("died", "refused"), "late.py")
     trainer = site.nursery.start(home, "train", file, "--epochs", "2", "--checkpoint-every", "5 steps")
     handle = handle_of(trainer)
     assert trainer.wait().returncode == -signal.SIGKILL
@@ -517,3 +518,22 @@ def test_an_override_is_refused_where_points_stand_beyond_the_checkpoint(site: S
     result = site.nursery.run(home, "resume", handle, "--json").json
     assert (result["resumed_from"], result["replayed_equal"], result["state"]) == (10, 3, "finished")
     assert_whole(site.uri, result["run_id"])
+
+
+def test_an_override_killed_before_its_first_checkpoint_is_gone_on_with(site: Site, home: Workplace) -> None:
+    text = LATE.replace("def main", PARAMS, 1).replace("lr=0.01", "lr=params.lr").replace("< 12", "< 3")
+    file = home.experiment(text.replace("died", "overridden"), "late.py")
+    line = ("train", file, "--max-steps", "10", "--checkpoint-every", "5 steps", "--json")
+    run_id = site.nursery.run(home, *line).json["run_id"]
+    killed = site.nursery.run(home, "resume", run_id, "lr=0.5", "--max-steps", "31", check=False)
+    assert killed.returncode == -signal.SIGKILL
+
+    other = site.nursery.run(home, "resume", run_id, "lr=0.9", "--max-steps", "31", check=False)
+    assert "lr cannot be changed here" in other.stderr
+    result = site.nursery.run(home, "resume", run_id, "--max-steps", "31", "--json").json
+    assert (result["resumed_from"], result["replayed_equal"], result["state"]) == (10, 3, "finished")
+    assert state(site.uri, run_id)["params"] == {"lr": 0.5}
+
+    straight = site.nursery.run(home, *line).json["run_id"]
+    site.nursery.run(home, "resume", straight, "lr=0.5", "--max-steps", "31")
+    assert assert_whole(site.uri, run_id) == assert_whole(site.uri, straight)

@@ -75,7 +75,8 @@ class PointLog:
                 number: float | torch.Tensor = value
             else:
                 number = scalar(key, value)
-                self._has_tensors |= isinstance(number, torch.Tensor)
+                if isinstance(number, torch.Tensor):
+                    self._has_tensors = True
             series = self._series.get(key)
             if series is None:
                 validate_key(key)

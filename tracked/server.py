@@ -54,7 +54,6 @@ from tracked.packing import Point
 
 __all__ = ["Latest", "RunView", "Server", "stored"]
 
-"""Key, step, timestamp in ms, value."""
 
 _SQLITE = "sqlite:///"
 # Without it MLflow's interface opens an experiment in its view for language model applications.

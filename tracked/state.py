@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from tracked.errors import StateMismatch, UsageError
 
@@ -30,6 +29,7 @@ class Parts:
     def __init__(self) -> None:
         self._parts: dict[str, Stateful] = {}
         self._built: dict[str, Any] = {}
+        self._fresh: dict[str, tuple[torch.Tensor, int]] = {}
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -50,6 +50,7 @@ class Parts:
             raise UsageError(f"{name!r} is attached already", expected="a name for each part")
         self._parts[name] = _uncompiled(part)
         self._built[name] = copy.deepcopy(_hyperparameters(part))
+        self._fresh |= {key: (buffer, buffer._version) for key, buffer in _other_buffers(name, part)}  # noqa: SLF001
 
     def device(self) -> torch.device:
         """Where the first attached parameter lies; the CPU if there is none."""
@@ -69,6 +70,12 @@ class Parts:
             name: self._names(part)
             for name, part in self._parts.items()
             if isinstance(part, torch.optim.Optimizer)
+        }
+        state["other_buffers"] = {
+            key: buffer
+            for name, part in self._parts.items()
+            for key, buffer in _other_buffers(name, part)
+            if key not in self._fresh or not _is_untouched(buffer, *self._fresh[key])
         }
         # `zero_grad(set_to_none=False)` leaves zeros, and an optimizer treats zero unlike None.
         state["parameters_with_gradient"] = [
@@ -104,6 +111,7 @@ class Parts:
                 )
             if isinstance(part, nn.Module):
                 _load_module(name, part, saved)
+                _load_buffers(name, part, state.get("other_buffers", {}))
             elif isinstance(part, torch.optim.Optimizer):
                 recorded = state.get("optimizer_parameters", {}).get(name)
                 _load_optimizer(name, part, saved, recorded, self._names(part))
@@ -113,26 +121,31 @@ class Parts:
         for name, parameter in self._parameters().items():
             if name in with_gradient and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for name in self._built if overridden else ():
-            if name in state["built"] and (only is None or name in only):
-                self._apply_changes(name, state["built"][name])
+        if overridden:
+            recorded = state.get("built", {})
+            names = [name for name in recorded if name in self._built and (only is None or name in only)]
+            # Optimizers first: a scheduler is told their new rates.
+            for name in sorted(
+                names, key=lambda name: not isinstance(self._parts[name], torch.optim.Optimizer)
+            ):
+                self._apply_changes(name, recorded[name])
 
     def _apply_changes(self, name: str, before: Any) -> None:
         """Set what the part's constructor set otherwise than the recorded one, on top of the loaded state."""
-        part, after = self._parts[name], self._built[name]
+        part, after = self._parts[name], copy.deepcopy(self._built[name])
         if isinstance(part, torch.optim.Optimizer):
-            scheduled = any(getattr(other, "optimizer", None) is part for other in self._parts.values())
-            for group, old, new in zip(part.param_groups, before, after, strict=True):
-                for key in new:
-                    if old.get(key) == new[key]:
-                        continue
-                    if key == "lr" and scheduled and old[key]:
-                        group[key] *= new[key] / old[key]  # keeps where the schedule stands
-                    else:
-                        group[key] = new[key]
-        elif isinstance(part, LRScheduler):
-            rates = [group["lr"] for group in part.optimizer.param_groups]
-            part.load_state_dict({**_with_changes(part.state_dict(), before, after), "_last_lr": rates})
+            attached = any(getattr(other, "optimizer", None) is part for other in self._parts.values())
+            for group, old, new in zip(part.param_groups, before, after, strict=False):
+                changed = {key: new[key] for key in new if key not in old or old[key] != new[key]}
+                if attached or "initial_lr" in new:
+                    changed["lr"] = group["lr"] * _ratio(old, new)
+                group.update(changed)
+        else:
+            loaded = part.state_dict()
+            changed = _with_changes(loaded, before, after)
+            if "_last_lr" in loaded:
+                changed["_last_lr"] = [group["lr"] for group in part.optimizer.param_groups]  # type: ignore[attr-defined]
+            part.load_state_dict(changed)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -156,19 +169,61 @@ def _uncompiled(part: Any) -> Any:
     return getattr(part, "_orig_mod", part)
 
 
+def _other_buffers(name: str, part: Stateful) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers of a module that its `state_dict` leaves out (`persistent=False`), as `part.module.buffer`."""
+    if isinstance(part, nn.Module):
+        for path, module in part.named_modules(prefix=name):
+            for leaf in sorted(module._non_persistent_buffers_set):  # noqa: SLF001 - there is no public way
+                if (buffer := getattr(module, leaf)) is not None:
+                    yield f"{path}.{leaf}", buffer
+
+
+def _is_untouched(buffer: torch.Tensor, fresh: torch.Tensor, version: int) -> bool:
+    """Most such buffers are constants, as masks are, and need not be saved; torch counts changes in place."""
+    return buffer is fresh and buffer._version == version  # noqa: SLF001
+
+
+def _load_buffers(name: str, module: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    for key, value in saved.items():
+        part, _, path = key.partition(".")
+        if part != name:
+            continue
+        owner, _, leaf = path.rpartition(".")
+        holder = module.get_submodule(owner)
+        present = getattr(holder, leaf, None)
+        if present is not None and (present.shape, present.dtype) == (value.shape, value.dtype):
+            with torch.no_grad():
+                present.copy_(value)
+        else:
+            device = next(module.parameters(), value).device if present is None else present.device
+            setattr(holder, leaf, value.to(device))
+
+
 def _hyperparameters(part: Stateful) -> Any:
     """What a constructor sets and loading puts back: an optimizer's options, a schedule."""
     if isinstance(part, torch.optim.Optimizer):
         return [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
-    return part.state_dict() if isinstance(part, LRScheduler) else None
+    return part.state_dict() if hasattr(part, "optimizer") else None
+
+
+def _ratio(old: Mapping[str, Any], new: Mapping[str, Any]) -> Any:
+    """By how much a rate under a schedule changes, so that it goes on from where the schedule stands.
+
+    The rate that the schedule is relative to decides; `lr` itself has been scaled by its first step already.
+    """
+    base = next(key for key in ("max_lr", "initial_lr", "lr") if key in old and key in new)
+    return new[base] / old[base] if old[base] else 1
 
 
 def _with_changes(loaded: Any, before: Any, after: Any) -> Any:
     """`loaded`, with those leaves that two fresh states differ in taken from the second."""
-    if isinstance(loaded, dict) and isinstance(before, dict) and isinstance(after, dict):
-        common = before.keys() & after.keys() - {"_last_lr"}
+    # A subclass of dict, such as the Counter of MultiStepLR, is a value of its own.
+    dicts = type(loaded) is dict and type(before) is dict and type(after) is dict
+    if dicts and before.keys() == after.keys():
         return {
-            key: _with_changes(value, before[key], after[key]) if key in common else value
+            key: _with_changes(value, before[key], after[key])
+            if key in before and key != "_last_lr"
+            else value
             for key, value in loaded.items()
         }
     lists = isinstance(loaded, list) and isinstance(before, list) and isinstance(after, list)

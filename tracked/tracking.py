@@ -341,10 +341,20 @@ class Run:
             except TrackedError:
                 raise
             except Exception:
-                # No batch could be built: the state is still that of the last step.
-                if self.step != self._taken_at:
-                    self._take_checkpoint(wait=True)
+                self._rescue()
                 raise
+
+    def _rescue(self) -> None:
+        """Save what stands where no batch could be built: the state is still that of the last step."""
+        if self.step == self._taken_at:
+            return
+        try:
+            if self._points.must_be_finite:
+                self._pipe.flush()
+            if self._points.not_finite is None:
+                self._take_checkpoint(wait=True)
+        except Exception as error:  # noqa: BLE001 - the user is to see what the data raised
+            self.progress.warn(f"no checkpoint could be taken of step {self.step}: {error}")
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Log numbers or one-element tensors at `step` (by default the one being made). Never waits.
@@ -406,7 +416,7 @@ class Run:
         self._pipe.append("tags", dict(tags))
 
     def save(self) -> None:
-        """Have a checkpoint taken when this step ends, also where a `break` ends it."""
+        """Have a checkpoint taken when this step ends, which a `break` out of the loop does not do."""
         self._wants_checkpoint = True
         self._ask_for_attention()
 
@@ -438,8 +448,6 @@ class Run:
         """
         if self._over:
             return self.undelivered
-        if self._wants_checkpoint and self._looping and state == "finished":
-            self._take_checkpoint(wait=True)  # the loop was left in the step that asked for it
         self._over = True
         if state == "finished" and self._ends_after_step:
             state, reason = "stopped_early", self._ends_after_step

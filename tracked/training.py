@@ -212,38 +212,67 @@ def resume(word: str, request: Request) -> Run:
         params.parse(experiment.params_class, request.overrides)
         found.append((experiment, warnings))
 
-    attempt, _ = take_over(request.place, word, request.progress.say, before_claim=prepare)
+    attempt, view = take_over(request.place, word, request.progress.say, before_claim=prepare)
     try:
         experiment, warnings = found[0]
         for warning in warnings:
             request.progress.warn(warning)
+        standing = _standing_override(attempt, view)
+        asked = params.parse(experiment.params_class, request.overrides)
         old = params.build(experiment.params_class, attempt.params)
-        new = params.replace(old, params.parse(experiment.params_class, request.overrides))
-        settings, changed = _changed_settings(attempt, request.settings)
-        differing = params.differences(params.flatten(old), params.flatten(new))
-        changes = {**{name: list(pair) for name, pair in differing.items()}, **changed}
-        _refuse_beyond(attempt, sorted(changes), word)
+        new = params.replace(old, {**standing["params"], **asked})
+        settings, changed = _changed_settings(attempt, {**standing["settings"], **request.settings})
+        override = _override(attempt, params.differences(params.flatten(old), params.flatten(new)), changed)
+        _refuse_beyond(attempt, override, standing, word)
     except BaseException:
         attempt.lock.release()
         raise
-    attempt.params, attempt.overridden = params.flatten(new), bool(differing)
+    attempt.params, attempt.overridden = params.flatten(new), bool(override["params"])
     run = request.run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
     run.progress.say(f"run {run.id} goes on from step {run.step} (epoch {run.epoch})  {run.url}".rstrip())
-    if changes:
-        _record_changes(run, changes)
+    if _changed(override) or _changed(standing):
+        run.record({OVERRIDE: json.dumps(override)})
     with _until_over(run):
         _carry_out(experiment, new, run)
     return run
 
 
-def _record_changes(run: Run, changes: Mapping[str, Any]) -> None:
-    """Tag the run with what was overridden: name -> [recorded, new]."""
-    texts = {name: json.dumps(pair, default=str) for name, pair in changes.items()}
-    redacted = provenance.redact_values(texts)
-    shown = {
-        name: pair if redacted[name] == texts[name] else redacted[name] for name, pair in changes.items()
+def _override(
+    attempt: Attempt, changed_params: Mapping[str, Any], changed_settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the run's tag says of an override: its step, and name -> [recorded, new], without secrets."""
+    assert attempt.restored is not None
+    texts = {name: json.dumps(pair, default=str) for name, pair in changed_params.items()}
+    shown = provenance.redact_values(texts)
+    return {
+        "step": attempt.restored["step"],
+        "params": {
+            name: json.loads(text) if shown[name] == text else shown[name] for name, text in texts.items()
+        },
+        "settings": json.loads(json.dumps(changed_settings)),
     }
-    run.record({OVERRIDE: json.dumps({"step": run.step, "changes": shown}, default=str)})
+
+
+def _changed(override: Mapping[str, Any]) -> dict[str, Any]:
+    return {**override["params"], **override["settings"]}
+
+
+def _standing_override(attempt: Attempt, view: RunView) -> dict[str, Any]:
+    """The override with which the run goes on from this very checkpoint: new values of params and settings.
+
+    An attempt that was killed before its first own checkpoint has logged points with it.
+    """
+    assert attempt.restored is not None
+    tag = json.loads(view.tags.get(OVERRIDE, "{}"))
+    return _new_values(tag if tag.get("step") == attempt.restored["step"] else {})
+
+
+def _new_values(override: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The second of each pair; what is redacted is none."""
+    return {
+        kind: {name: pair[1] for name, pair in override.get(kind, {}).items() if isinstance(pair, list)}
+        for kind in ("params", "settings")
+    }
 
 
 def _carry_out(experiment: Experiment, values: Any, run: Run) -> None:
@@ -294,8 +323,11 @@ def _changed_settings(attempt: Attempt, asked: Mapping[str, Any]) -> tuple[Setti
     return settings, changed
 
 
-def _refuse_beyond(attempt: Attempt, changes: list[str], word: str) -> None:
-    if changes and attempt.replay:
+def _refuse_beyond(
+    attempt: Attempt, override: Mapping[str, Any], standing: Mapping[str, Any], word: str
+) -> None:
+    # With the override that they were logged with, the points beyond are what the run computes.
+    if (changes := sorted(_changed(override))) and attempt.replay and _new_values(override) != standing:
         furthest = max(step for points in attempt.replay.values() for step in points)
         assert attempt.restored is not None
         step = attempt.restored["step"]
@@ -429,20 +461,23 @@ def resume_run(
         TrackedError: See `attempts.take_over`.
     """
     shown = _progress(progress)
-    attempt, _ = take_over(Place.choose(tracking_uri, spool_dir), run_id, shown.say)
+    attempt, view = take_over(Place.choose(tracking_uri, spool_dir), run_id, shown.say)
     try:
-        chosen, changes = _changed_settings(attempt, {k: v for k, v in settings.items() if k != "seed"})
-        if params is not None and (differing := _differences(attempt.params, present := _flat(params))):
-            attempt.params, attempt.overridden = present, True
-            changes |= {k: list(v) for k, v in differing.items()}
-        _refuse_beyond(attempt, sorted(changes), run_id)
+        standing = _standing_override(attempt, view)
+        asked = {name: value for name, value in settings.items() if name != "seed"}
+        chosen, changed = _changed_settings(attempt, {**standing["settings"], **asked})
+        present = {**attempt.params, **standing["params"]} if params is None else _flat(params)
+        override = _override(attempt, _differences(attempt.params, present), changed)
+        _refuse_beyond(attempt, override, standing, run_id)
+        attempt.params, attempt.overridden = present, bool(override["params"])
     except BaseException:
         attempt.lock.release()
         raise
     run = _opened(attempt, chosen, drain_timeout=drain_timeout, progress=progress)
-    if changes:
+    if changes := _changed(override):
         run.progress.warn(f"recorded and present values differ, the present ones hold: {', '.join(changes)}")
-        _record_changes(run, changes)
+    if changes or _changed(standing):
+        run.record({OVERRIDE: json.dumps(override)})
     return run
 
 
