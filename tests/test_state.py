@@ -229,6 +229,26 @@ def test_an_overridden_schedule_holds_without_moving_the_rate() -> None:
     assert [new[0].param_groups[0]["lr"], *rates(2, *new)] == pytest.approx([0.1] * 3)
 
 
+class Agent:
+    """A model and its optimizer in one object."""
+
+    def __init__(self) -> None:
+        self.model = network()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+
+
+def test_an_object_that_holds_a_model_is_saved_once() -> None:
+    state = attached(agent=Agent()).capture()
+    assert "agent_state_dict" in state
+    assert state["built"] == {}
+
+
 def test_what_a_constructor_set_stays_as_it_was_recorded() -> None:
     def built(rate: float) -> tuple[Parts, torch.optim.SGD]:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=torch.tensor(rate))

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from tracked.errors import StateMismatch, UsageError
 
@@ -203,7 +204,21 @@ def _hyperparameters(part: Stateful) -> Any:
     """What a constructor sets and loading puts back: an optimizer's options, a schedule."""
     if isinstance(part, torch.optim.Optimizer):
         return [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
-    return part.state_dict() if hasattr(part, "optimizer") else None
+    if not hasattr(part, "optimizer"):
+        return None
+    state = part.state_dict()
+    # Else it is no schedule but a trainer of one's own, with a whole model in it.
+    return state if isinstance(part, LRScheduler) or not _holds_tensors(state) else None
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return (
+        any(map(_holds_tensors, value))
+        if isinstance(value, (list, tuple))
+        else isinstance(value, torch.Tensor)
+    )
 
 
 def _ratio(old: Mapping[str, Any], new: Mapping[str, Any]) -> Any:
