@@ -35,14 +35,15 @@ clean: ## removes what was installed, built and cached; never your runs
 	find tracked tests experiments benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv installs in half a minute what takes pip several. It reads no pip.conf, so where it
-# cannot be had or reaches no registry, pip gets its turn.
+# cannot be had or reaches no registry, pip gets its turn. Like pip it shall compile: where
+# PYTHONDONTWRITEBYTECODE is set, every process would compile torch and MLflow anew.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "$(PYTHON) is missing or older than 3.11; try: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) cannot make a virtual environment; try: apt-get install python3-venv"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@uv="$(BIN)/python -m uv pip install --python $(BIN)/python"; pip="$(BIN)/python -m pip install"; \
+	@uv="$(BIN)/python -m uv pip install --compile-bytecode --python $(BIN)/python"; pip="$(BIN)/python -m pip install"; \
 	  set -x; \
 	  { $$pip --quiet uv && $$uv --quiet -r requirements.lock; } || $$pip --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
