@@ -188,6 +188,8 @@ def test_an_answer_that_is_not_a_verdict_holds_the_queue_is_shown_and_then_all_i
     with post:
         trouble = wait_until(writing.trouble, "the trouble")
         assert str(answer.status) in trouble or "html" in trouble.lower(), trouble
+        # A sender that is refused when nobody writes any more leaves the rest to `sync`.
+        wait_until(lambda: writing.folder.about.get("points") == 600, "the points that were held")
         writing.points("loss", 600, 700)
         writing.end()
         writing.delivered()
