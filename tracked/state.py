@@ -126,9 +126,8 @@ class Parts:
             recorded = state.get("built", {})
             names = [name for name in recorded if name in self._built and (only is None or name in only)]
             # Optimizers first: a scheduler is told their new rates.
-            for name in sorted(
-                names, key=lambda name: not isinstance(self._parts[name], torch.optim.Optimizer)
-            ):
+            names.sort(key=lambda name: not isinstance(self._parts[name], torch.optim.Optimizer))
+            for name in names:
                 self._apply_changes(name, recorded[name])
 
     def _apply_changes(self, name: str, before: Any) -> None:
@@ -213,12 +212,10 @@ def _hyperparameters(part: Stateful) -> Any:
 
 def _holds_tensors(value: Any) -> bool:
     if isinstance(value, Mapping):
-        value = list(value.values())
-    return (
-        any(map(_holds_tensors, value))
-        if isinstance(value, (list, tuple))
-        else isinstance(value, torch.Tensor)
-    )
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)
 
 
 def _ratio(old: Mapping[str, Any], new: Mapping[str, Any]) -> Any:

@@ -249,7 +249,7 @@ def _override(
         "params": {
             name: json.loads(text) if shown[name] == text else shown[name] for name, text in texts.items()
         },
-        "settings": json.loads(json.dumps(changed_settings)),
+        "settings": json.loads(json.dumps(changed_settings)),  # as a resume will read it back from the tag
     }
 
 
