@@ -196,6 +196,18 @@ def rates(steps: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> list[
     return seen
 
 
+@pytest.mark.parametrize("first", ["optimizer", "scheduler"])
+def test_a_scheduler_is_not_attached_apart_from_its_optimizer(first: str) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    both = {"optimizer": optimizer, "scheduler": SCHEDULES["step"](optimizer)}
+    parts = attached(**{first: both.pop(first)})
+    parts.check_together((first,))
+    ((name, part),) = both.items()
+    parts.attach(name, part)
+    with pytest.raises(UsageError, match=r"run\.attach\(…, optimizer=optimizer, scheduler=scheduler\)"):
+        parts.check_together((name,))
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_an_overridden_rate_goes_on_where_the_schedule_stands(name: str) -> None:
     parts, *recorded = scheduled(0.1, SCHEDULES[name])
@@ -277,36 +289,71 @@ def test_an_overridden_option_without_a_schedule_is_set() -> None:
 
 
 class Remembering(nn.Module):
-    """Keeps what its `state_dict` leaves out: a constant, a sum, and a cache that grows."""
+    """Keeps what its `state_dict` leaves out: a random constant, a sum, a cache that grows, one made late."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(2, 1)
-        self.register_buffer("mask", torch.ones(2), persistent=False)
+        self.register_buffer("projection", torch.randn(2, 3), persistent=False)
+        self.register_buffer("positions", torch.arange(3).expand(2, -1), persistent=False)
         self.register_buffer("total", torch.zeros(2), persistent=False)
         self.register_buffer("cache", None, persistent=False)
-        self.mask: torch.Tensor
+        self.register_buffer("first", torch.ones(1), persistent=False)
         self.total: torch.Tensor
         self.cache: torch.Tensor | None
+        self.first: torch.Tensor | None
+        self.late: torch.Tensor
 
     def see(self, inputs: torch.Tensor) -> None:
-        self.total += inputs.sum(0)
+        self.total.data.add_(inputs.sum(0))
         self.cache = inputs if self.cache is None else torch.cat([self.cache, inputs])
+        self.first = None
+        if not hasattr(self, "late"):
+            self.register_buffer("late", torch.zeros(1), persistent=False)
+        self.late += 1
 
 
-def test_buffers_that_a_module_does_not_save_are_saved_once_they_change() -> None:
-    kept, fresh = Remembering(), Remembering()
-    parts = attached(model=nn.Sequential(kept))
-    assert parts.capture()["other_buffers"] == {}
+def test_buffers_that_a_module_does_not_save_are_saved() -> None:
+    kept = Remembering()
+    parts = attached(**{"model.a": torch.compile(nn.Sequential(kept), backend="eager")})
     for _ in range(2):
         kept.see(torch.randn(3, 2))
     state = copy.deepcopy(parts.capture())
-    assert sorted(state["other_buffers"]) == ["model.0.cache", "model.0.total"]
 
-    restored = attached(model=nn.Sequential(fresh))
+    fresh = Remembering()
+    restored = attached(**{"model.a": nn.Sequential(fresh)})
+    total = fresh.total
     restored.restore(state)
     assert compare_states(restored.capture(), state)[1] == []
+    assert fresh.total is total  # in place: others may refer to it
     assert fresh.cache is not None
-    assert kept.cache is not None
-    assert torch.equal(fresh.cache, kept.cache)
-    assert torch.equal(fresh.total, kept.total)
+    assert fresh.first is None
+    fresh.see(torch.ones(1, 2))
+    assert restored.capture()["other_buffers"]["model.a"]["0.late"] == 3
+
+
+def test_a_buffer_whose_place_is_gone_is_named() -> None:
+    state = attached(model=nn.Sequential(Remembering())).capture()
+    other = nn.Sequential(nn.Module())
+    other[0].linear = nn.Linear(2, 1)
+    other[0].total = [0, 0]  # type: ignore[assignment] # what was a buffer is none
+    with pytest.raises(StateMismatch, match=r"the buffer 0\.total is not in the model"):
+        attached(model=other).restore(state)
+
+
+def test_a_longer_schedule_goes_on_where_it_would_stand_had_it_been_as_long_from_the_start() -> None:
+    parts, *recorded = scheduled(0.1, lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=10))
+    assert rates(10, *recorded)[-1] == 0.0
+    _, *straight = scheduled(0.1, SCHEDULES["cosine"])
+    expected = rates(15, *straight)
+    longer, *new = scheduled(0.1, SCHEDULES["cosine"])
+    longer.restore(copy.deepcopy(parts.capture()), overridden=True)
+    assert [new[0].param_groups[0]["lr"], *rates(5, *new)] == pytest.approx(expected[9:])
+
+
+def test_a_rate_overridden_from_zero_follows_the_schedule() -> None:
+    parts, *recorded = scheduled(0.0, SCHEDULES["step"])
+    rates(6, *recorded)
+    raised, *new = scheduled(0.1, SCHEDULES["step"])
+    raised.restore(copy.deepcopy(parts.capture()), overridden=True)
+    assert [new[0].param_groups[0]["lr"], *rates(3, *new)] == pytest.approx([0.025, 0.025, 0.025, 0.0125])

@@ -528,12 +528,17 @@ def test_an_override_killed_before_its_first_checkpoint_is_gone_on_with(site: Si
     killed = site.nursery.run(home, "resume", run_id, "lr=0.5", "--max-steps", "31", check=False)
     assert killed.returncode == -signal.SIGKILL
 
-    other = site.nursery.run(home, "resume", run_id, "lr=0.9", "--max-steps", "31", check=False)
-    assert "lr cannot be changed here" in other.stderr
-    result = site.nursery.run(home, "resume", run_id, "--max-steps", "31", "--json").json
+    for other in ("lr=0.9", "lr=0.01"):  # the second is what the checkpoint was trained with
+        refused = site.nursery.run(home, "resume", run_id, other, check=False)
+        assert "lr cannot be changed here" in refused.stderr
+    resumed = site.nursery.run(home, "resume", run_id, "--json")
+    assert "with lr=0.5 (was 0.01)" in resumed.stderr
+    result = resumed.json
     assert (result["resumed_from"], result["replayed_equal"], result["state"]) == (10, 3, "finished")
     assert state(site.uri, run_id)["params"] == {"lr": 0.5}
 
     straight = site.nursery.run(home, *line).json["run_id"]
+    client = MlflowClient(site.uri)
+    client.set_tag(straight, "mlflow.tracked.override", '{"step": 10, "par')  # cut, or edited
     site.nursery.run(home, "resume", straight, "lr=0.5", "--max-steps", "31")
     assert assert_whole(site.uri, run_id) == assert_whole(site.uri, straight)

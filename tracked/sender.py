@@ -279,9 +279,10 @@ class Delivery:
                 self.reader.acknowledge("points", record.end)
                 return True
             end = record.end
+        else:
+            if batch and record.kind == "points" and not self._is_time():
+                return False
         if end == self.reader.cursor("points"):
-            return False
-        if batch and record.kind == "points" and not self._is_time_for(count):
             return False
         if batch:
             # What a slow server could not store in time, it could never, if as much came again.
@@ -294,10 +295,9 @@ class Delivery:
         self.tell(points=self.reader.acknowledged, trouble="")
         return True
 
-    def _is_time_for(self, count: int) -> bool:
-        """Whether so few points are worth a request: full ones disturb a training beside the server least."""
-        waited = time.monotonic() - self._sent_points
-        return count >= self._points_at_once // 2 or waited >= GATHER_SECONDS or not self.reader.is_written()
+    def _is_time(self) -> bool:
+        """Whether fewer points than fit are worth a request: full ones disturb a training beside the server least."""
+        return time.monotonic() - self._sent_points >= GATHER_SECONDS or not self.reader.is_written()
 
     def _send_batch(self, points: Sequence[Point]) -> None:
         assert self.view is not None

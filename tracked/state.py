@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau
 
 from tracked.errors import StateMismatch, UsageError
 
@@ -30,7 +32,6 @@ class Parts:
     def __init__(self) -> None:
         self._parts: dict[str, Stateful] = {}
         self._built: dict[str, Any] = {}
-        self._fresh: dict[str, tuple[torch.Tensor, int]] = {}
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -51,7 +52,26 @@ class Parts:
             raise UsageError(f"{name!r} is attached already", expected="a name for each part")
         self._parts[name] = _uncompiled(part)
         self._built[name] = copy.deepcopy(_hyperparameters(part))
-        self._fresh |= {key: (buffer, buffer._version) for key, buffer in _other_buffers(name, part)}  # noqa: SLF001
+
+    def check_together(self, names: Collection[str]) -> None:
+        """Refuse a scheduler apart from its optimizer.
+
+        A scheduler's constructor sets the optimizer's rates, and would undo what was restored before.
+
+        Args:
+            names: The parts that are attached in one call.
+
+        Raises:
+            UsageError: One of them drives, or is driven by, a part of another call.
+        """
+        for name, part in self._parts.items():
+            for other_name, other in self._parts.items():
+                if getattr(part, "optimizer", None) is other and (name in names) != (other_name in names):
+                    raise UsageError(
+                        f"{name!r} is attached apart from {other_name!r}, the optimizer that it drives",
+                        expected="both in one call",
+                        try_next=f"run.attach(…, {other_name}={other_name}, {name}={name})",
+                    )
 
     def device(self) -> torch.device:
         """Where the first attached parameter lies; the CPU if there is none."""
@@ -73,10 +93,9 @@ class Parts:
             if isinstance(part, torch.optim.Optimizer)
         }
         state["other_buffers"] = {
-            key: buffer
+            name: buffers
             for name, part in self._parts.items()
-            for key, buffer in _other_buffers(name, part)
-            if key not in self._fresh or not _is_untouched(buffer, *self._fresh[key])
+            if isinstance(part, nn.Module) and (buffers := dict(_other_buffers(part)))
         }
         # `zero_grad(set_to_none=False)` leaves zeros, and an optimizer treats zero unlike None.
         state["parameters_with_gradient"] = [
@@ -98,6 +117,9 @@ class Parts:
         Raises:
             StateMismatch: A part is missing from the state, or its tensors do not fit.
         """
+        recorded_built = state.get("built", {}) if overridden else {}
+        changing = [name for name in recorded_built if name in self._built and (only is None or name in only)]
+        rehearsals = {name: self._rehearsals(name, recorded_built) for name in changing}
         for name, part in self._parts.items():
             if only is not None and name not in only:
                 continue
@@ -112,7 +134,7 @@ class Parts:
                 )
             if isinstance(part, nn.Module):
                 _load_module(name, part, saved)
-                _load_buffers(name, part, state.get("other_buffers", {}))
+                _load_buffers(name, part, state.get("other_buffers", {}).get(name, {}))
             elif isinstance(part, torch.optim.Optimizer):
                 recorded = state.get("optimizer_parameters", {}).get(name)
                 _load_optimizer(name, part, saved, recorded, self._names(part))
@@ -122,25 +144,37 @@ class Parts:
         for name, parameter in self._parameters().items():
             if name in with_gradient and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if overridden:
-            recorded = state.get("built", {})
-            names = [name for name in recorded if name in self._built and (only is None or name in only)]
-            # Optimizers first: a scheduler is told their new rates.
-            names.sort(key=lambda name: not isinstance(self._parts[name], torch.optim.Optimizer))
-            for name in names:
-                self._apply_changes(name, recorded[name])
+        # Optimizers first: a scheduler is told their new rates.
+        for name in sorted(
+            changing, key=lambda name: not isinstance(self._parts[name], torch.optim.Optimizer)
+        ):
+            self._apply_changes(name, recorded_built[name], rehearsals[name])
 
-    def _apply_changes(self, name: str, before: Any) -> None:
+    def _rehearsals(self, name: str, recorded: Mapping[str, Any]) -> Rehearsals | None:
+        """For a scheduler: itself as it was recorded and as it is built now, both from their beginning."""
+        part = self._parts[name]
+        optimizer = getattr(part, "optimizer", None)
+        driven = next((each for each, other in self._parts.items() if other is optimizer), "")
+        if not isinstance(part, LRScheduler) or isinstance(part, ReduceLROnPlateau) or driven not in recorded:
+            return None
+        try:
+            before = _rehearsal(part, recorded[driven])
+            before.load_state_dict(copy.deepcopy(recorded[name]))
+            return part, before, _rehearsal(part, self._built[driven])
+        except Exception:  # noqa: BLE001 - a scheduler of the user's own that cannot be copied
+            return None
+
+    def _apply_changes(self, name: str, before: Any, rehearsals: Rehearsals | None) -> None:
         """Set what the part's constructor set otherwise than the recorded one, on top of the loaded state."""
         part, after = self._parts[name], copy.deepcopy(self._built[name])
         if isinstance(part, torch.optim.Optimizer):
             attached = any(getattr(other, "optimizer", None) is part for other in self._parts.values())
             for group, old, new in zip(part.param_groups, before, after, strict=False):
-                changed = {key: new[key] for key in new if key not in old or old[key] != new[key]}
-                if attached or "initial_lr" in new:
+                changed = _changed(old, new)
+                if "lr" in group and (attached or "initial_lr" in new):
                     changed["lr"] = group["lr"] * _ratio(old, new)
                 group.update(changed)
-        else:
+        elif rehearsals is None or not _replay(*rehearsals):
             loaded = part.state_dict()
             changed = _with_changes(loaded, before, after)
             if "_last_lr" in loaded:
@@ -169,34 +203,38 @@ def _uncompiled(part: Any) -> Any:
     return getattr(part, "_orig_mod", part)
 
 
-def _other_buffers(name: str, part: Stateful) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers of a module that its `state_dict` leaves out (`persistent=False`), as `part.module.buffer`."""
-    if isinstance(part, nn.Module):
-        for path, module in part.named_modules(prefix=name):
-            for leaf in sorted(module._non_persistent_buffers_set):  # noqa: SLF001 - there is no public way
-                if (buffer := getattr(module, leaf)) is not None:
-                    yield f"{path}.{leaf}", buffer
+def _other_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """The buffers that a module's `state_dict` leaves out (`persistent=False`), by their dotted names.
+
+    All of them: one that never changes may have been drawn at random.
+    """
+    for path, holder in module.named_modules():
+        for leaf in sorted(holder._non_persistent_buffers_set):  # noqa: SLF001 - there is no public way
+            yield f"{path}.{leaf}".lstrip("."), holder._buffers[leaf]  # noqa: SLF001
 
 
-def _is_untouched(buffer: torch.Tensor, fresh: torch.Tensor, version: int) -> bool:
-    """Most such buffers are constants, as masks are, and need not be saved; torch counts changes in place."""
-    return buffer is fresh and buffer._version == version  # noqa: SLF001
-
-
-def _load_buffers(name: str, module: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+def _load_buffers(name: str, module: nn.Module, saved: Mapping[str, torch.Tensor | None]) -> None:
+    holders = dict(module.named_modules())
     for key, value in saved.items():
-        part, _, path = key.partition(".")
-        if part != name:
-            continue
-        owner, _, leaf = path.rpartition(".")
-        holder = module.get_submodule(owner)
-        present = getattr(holder, leaf, None)
-        if present is not None and (present.shape, present.dtype) == (value.shape, value.dtype):
-            with torch.no_grad():
-                present.copy_(value)
+        path, _, leaf = key.rpartition(".")
+        holder = holders.get(path)
+        if holder is None or (leaf not in holder._buffers and hasattr(holder, leaf)):  # noqa: SLF001
+            raise _misfit(name, [f"the buffer {key} is not in the model"])
+        present = holder._buffers.get(leaf)  # noqa: SLF001
+        if value is None or present is None or not _is_writable_as(present, value):
+            device = next(module.parameters(), torch.empty(0)).device
+            holder.register_buffer(leaf, None if value is None else value.to(device), persistent=False)
         else:
-            device = next(module.parameters(), value).device if present is None else present.device
-            setattr(holder, leaf, value.to(device))
+            with torch.no_grad():
+                present.copy_(value)  # in place: others may refer to it
+
+
+def _is_writable_as(present: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `value` can be copied into the tensor; not into one that is expanded."""
+    overlaps = any(
+        stride == 0 and size > 1 for stride, size in zip(present.stride(), present.shape, strict=True)
+    )
+    return not overlaps and (present.shape, present.dtype) == (value.shape, value.dtype)
 
 
 def _hyperparameters(part: Stateful) -> Any:
@@ -218,13 +256,65 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+Rehearsals = tuple[LRScheduler, LRScheduler, LRScheduler]
+"""A scheduler, and copies of it as it was recorded and as it is built now, with optimizers of their own."""
+
+
+def _rehearsal(scheduler: LRScheduler, groups: Sequence[Mapping[str, Any]]) -> LRScheduler:
+    """A copy of a scheduler that has made no step, which drives nothing but these options."""
+    dummy = torch.optim.SGD([{"params": [torch.zeros(1)]} for _ in groups])
+    for group, options in zip(dummy.param_groups, groups, strict=True):
+        group.update(copy.deepcopy(dict(options)))
+    return copy.deepcopy(scheduler, {id(scheduler.optimizer): dummy})
+
+
+def _replay(scheduler: LRScheduler, before: LRScheduler, after: LRScheduler) -> bool:
+    """Put a scheduler where it would stand had it been built as it is now from the beginning.
+
+    Its optimizer has been given the other options. False, with nothing changed, if the recorded schedule
+    does not lead to the rates that it had: they hang on more than the number of steps.
+    """
+    count = _count(scheduler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no optimizer made a step
+        for _ in range(count):
+            before.step()
+            after.step()
+    reached = zip(before.optimizer.param_groups, scheduler.get_last_lr(), strict=True)
+    if not all(math.isclose(float(group["lr"]), float(rate), rel_tol=1e-6) for group, rate in reached):
+        return False
+    pairs = zip(before.optimizer.param_groups, after.optimizer.param_groups, strict=True)
+    for group, (old, new) in zip(scheduler.optimizer.param_groups, pairs, strict=True):
+        group.update({key: value for key, value in _changed(old, new).items() if key != "params"})
+        group["lr"] = new["lr"]
+    scheduler.load_state_dict(after.state_dict())
+    return True
+
+
+def _count(scheduler: LRScheduler) -> int:
+    """How many steps a scheduler has made."""
+    inner = scheduler._schedulers[0] if isinstance(scheduler, ChainedScheduler) else scheduler  # noqa: SLF001
+    return int(inner.last_epoch)
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group that differ, as they are now."""
+    return {key: value for key, value in new.items() if key not in old or not _equal(old[key], value)}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return bool(a == b)
+
+
 def _ratio(old: Mapping[str, Any], new: Mapping[str, Any]) -> Any:
     """By how much a rate under a schedule changes, so that it goes on from where the schedule stands.
 
     The rate that the schedule is relative to decides; `lr` itself has been scaled by its first step already.
     """
-    base = next(key for key in ("max_lr", "initial_lr", "lr") if key in old and key in new)
-    return new[base] / old[base] if old[base] else 1
+    base = next((key for key in ("max_lr", "initial_lr", "lr") if key in old and key in new), None)
+    return new[base] / old[base] if base and old[base] else 1
 
 
 def _with_changes(loaded: Any, before: Any, after: Any) -> Any:

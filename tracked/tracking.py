@@ -193,11 +193,11 @@ class Run:
         """Name what is saved and resumed: anything with `state_dict` and `load_state_dict`.
 
         In a resumed run the parts get their state back here. Attach a model before, or together with, the
-        optimizer of its parameters, and a scheduler together with its optimizer: an overridden learning rate
-        then goes on where the schedule stands.
+        optimizer of its parameters, and a scheduler together with its optimizer.
 
         Raises:
-            UsageError: A part cannot be saved, or comes after the first batch.
+            UsageError: A part cannot be saved, comes after the first batch, or drives an optimizer that is
+                attached in another call.
             StateMismatch: The checkpoint does not fit.
         """
         if self._looping:
@@ -206,6 +206,7 @@ class Run:
             )
         for name, part in parts.items():
             self._parts.attach(name, part)
+        self._parts.check_together(tuple(parts))
         if self._restored is not None:
             self._parts.restore(self._restored, tuple(parts), overridden=self._attempt.overridden)
         else:

@@ -39,6 +39,7 @@ _UNSEEN_BY_VALUES = frozenset(
     {"epochs", "max_steps", "checkpoint_every", "keep_last", "keep_best", "patience", "min_delta", "device"}
 )
 _CHECK_STEPS = 3
+_LONGEST_TAG = 5000  # MLflow 2 cuts at 5000 characters, MLflow 3 at 8000
 BOOKKEEPING = frozenset({"checkpoints", "settings", "about"})
 """Entries of a checkpoint that do not take part in the training."""
 
@@ -218,10 +219,11 @@ def resume(word: str, request: Request) -> Run:
         for warning in warnings:
             request.progress.warn(warning)
         standing = _standing_override(attempt, view)
+        known = _new_values(standing)
         asked = params.parse(experiment.params_class, request.overrides)
         old = params.build(experiment.params_class, attempt.params)
-        new = params.replace(old, {**standing["params"], **asked})
-        settings, changed = _changed_settings(attempt, {**standing["settings"], **request.settings})
+        new = params.replace(old, {**known["params"], **asked})
+        settings, changed = _changed_settings(attempt, view, {**known["settings"], **request.settings})
         override = _override(attempt, params.differences(params.flatten(old), params.flatten(new)), changed)
         _refuse_beyond(attempt, override, standing, word)
     except BaseException:
@@ -230,6 +232,8 @@ def resume(word: str, request: Request) -> Run:
     attempt.params, attempt.overridden = params.flatten(new), bool(override["params"])
     run = request.run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
     run.progress.say(f"run {run.id} goes on from step {run.step} (epoch {run.epoch})  {run.url}".rstrip())
+    if changes := _changed(override):
+        run.progress.say(f"with {', '.join(f'{name}={_shown(pair)}' for name, pair in changes.items())}")
     if _changed(override) or _changed(standing):
         run.record({OVERRIDE: json.dumps(override)})
     with _until_over(run):
@@ -244,13 +248,18 @@ def _override(
     assert attempt.restored is not None
     texts = {name: json.dumps(pair, default=str) for name, pair in changed_params.items()}
     shown = provenance.redact_values(texts)
-    return {
+    override = {
         "step": attempt.restored["step"],
         "params": {
             name: json.loads(text) if shown[name] == text else shown[name] for name, text in texts.items()
         },
         "settings": json.loads(json.dumps(changed_settings)),  # as a resume will read it back from the tag
     }
+    while len(json.dumps(override)) > _LONGEST_TAG:
+        longest = max(texts, key=lambda name: len(texts[name]))
+        del texts[longest]
+        override["params"][longest] = "(too long)"
+    return override
 
 
 def _changed(override: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,21 +267,39 @@ def _changed(override: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _standing_override(attempt: Attempt, view: RunView) -> dict[str, Any]:
-    """The override with which the run goes on from this very checkpoint: new values of params and settings.
+    """The override with which the run goes on from this very checkpoint, as the tag has it.
 
     An attempt that was killed before its first own checkpoint has logged points with it.
     """
     assert attempt.restored is not None
-    tag = json.loads(view.tags.get(OVERRIDE, "{}"))
-    return _new_values(tag if tag.get("step") == attempt.restored["step"] else {})
+    tag = _from_tag(view, OVERRIDE)
+    kinds = {kind: tag.get(kind) for kind in ("params", "settings")}
+    if tag.get("step") != attempt.restored["step"]:
+        kinds = {}
+    return {
+        kind: value if isinstance(value := kinds.get(kind), dict) else {} for kind in ("params", "settings")
+    }
+
+
+def _from_tag(view: RunView, name: str) -> dict[str, Any]:
+    """The object that stands in a tag; empty if there is none, or if somebody has changed it."""
+    try:
+        value = json.loads(view.tags.get(name, "{}"))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _new_values(override: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The second of each pair; what is redacted is none."""
+    """The second of each pair; a secret, or what is too long for a tag, is not told."""
     return {
-        kind: {name: pair[1] for name, pair in override.get(kind, {}).items() if isinstance(pair, list)}
+        kind: {name: pair[1] for name, pair in override[kind].items() if isinstance(pair, list)}
         for kind in ("params", "settings")
     }
+
+
+def _shown(pair: Any) -> str:
+    return f"{pair[1]} (was {pair[0]})" if isinstance(pair, list) else str(pair)
 
 
 def _carry_out(experiment: Experiment, values: Any, run: Run) -> None:
@@ -290,7 +317,7 @@ def _check_work_left(view: RunView, asked: Mapping[str, Any]) -> None:
     state = view.tags.get(STATE)
     if state not in ("finished", "stopped_early"):
         return
-    recorded = json.loads(view.tags.get(SETTINGS, "{}"))
+    recorded = _from_tag(view, SETTINGS)
     longer = any(asked.get(name, 0) > (recorded.get(name) or 0) for name in ("epochs", "max_steps"))
     if state == "stopped_early":
         longer = asked.get("patience", 0) > (recorded.get("patience") or 0)
@@ -305,10 +332,14 @@ def _check_work_left(view: RunView, asked: Mapping[str, Any]) -> None:
         )
 
 
-def _changed_settings(attempt: Attempt, asked: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+def _changed_settings(
+    attempt: Attempt, view: RunView, asked: Mapping[str, Any]
+) -> tuple[Settings, dict[str, Any]]:
     """The recorded settings with what was asked for, and those changes that have a say in values."""
     assert attempt.restored is not None
-    recorded = Settings.from_json(attempt.restored["settings"])
+    # How far to go is said by the newest attempt, which may have been killed before its first checkpoint.
+    said = {name: value for name, value in _from_tag(view, SETTINGS).items() if name in _UNSEEN_BY_VALUES}
+    recorded = Settings.from_json({**attempt.restored["settings"], **said})
     if "seed" in asked and asked["seed"] != recorded.seed:
         raise UsageError(
             f"--seed {asked['seed']} was asked for, and the run was trained with seed {recorded.seed}",
@@ -323,17 +354,31 @@ def _changed_settings(attempt: Attempt, asked: Mapping[str, Any]) -> tuple[Setti
     return settings, changed
 
 
+def _differing(override: Mapping[str, Any], standing: Mapping[str, Any]) -> set[str]:
+    """What would not be as it was when the points beyond the checkpoint were logged."""
+    asked, known = _new_values(override), _new_values(standing)
+    differing: set[str] = set()
+    for kind, told in asked.items():
+        both = told.keys() & known[kind].keys()
+        differing |= (told.keys() ^ known[kind].keys()) | {
+            name for name in both if told[name] != known[kind][name]
+        }
+    # Of a value that is not told nobody can say whether it is the same; the recomputed points will.
+    untold = {name for name, pair in override["params"].items() if not isinstance(pair, list)}
+    return differing | untold.difference(standing["params"])
+
+
 def _refuse_beyond(
     attempt: Attempt, override: Mapping[str, Any], standing: Mapping[str, Any], word: str
 ) -> None:
-    # With the override that they were logged with, the points beyond are what the run computes.
-    if (changes := sorted(_changed(override))) and attempt.replay and _new_values(override) != standing:
+    changes = _differing(override, standing)
+    if attempt.replay and changes:
         furthest = max(step for points in attempt.replay.values() for step in points)
         assert attempt.restored is not None
         step = attempt.restored["step"]
         raise UsageError(
-            f"{', '.join(changes)} cannot be changed here: points up to step {furthest} stand beyond the checkpoint "
-            f"of step {step}, and would no longer be what the run computes",
+            f"{', '.join(sorted(changes))} cannot be changed here: points up to step {furthest} stand beyond "
+            f"the checkpoint of step {step}, and would no longer be what the run computes",
             expected="a checkpoint at the end of the curve (a run that was paused, stopped or finished)",
             try_next=f"python -m tracked.run resume {word}   (without the change), or a new run with `train`",
         )
@@ -464,9 +509,10 @@ def resume_run(
     attempt, view = take_over(Place.choose(tracking_uri, spool_dir), run_id, shown.say)
     try:
         standing = _standing_override(attempt, view)
+        known = _new_values(standing)
         asked = {name: value for name, value in settings.items() if name != "seed"}
-        chosen, changed = _changed_settings(attempt, {**standing["settings"], **asked})
-        present = {**attempt.params, **standing["params"]} if params is None else _flat(params)
+        chosen, changed = _changed_settings(attempt, view, {**known["settings"], **asked})
+        present = {**attempt.params, **known["params"]} if params is None else _flat(params)
         override = _override(attempt, _differences(attempt.params, present), changed)
         _refuse_beyond(attempt, override, standing, run_id)
         attempt.params, attempt.overridden = present, bool(override["params"])
