@@ -67,6 +67,15 @@ def state(uri: str, run_id: str) -> dict[str, Any]:
     return loaded
 
 
+def artifact(uri: str, run_id: str, path: str) -> str:
+    """One of the run's artifacts, as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = mlflow.artifacts.download_artifacts(
+            run_id=run_id, artifact_path=path, dst_path=folder, tracking_uri=uri
+        )
+        return Path(found).read_text()
+
+
 def assert_once(found: Curves) -> None:
     """No key has two points at a step."""
     for key, points in found.items():

@@ -40,6 +40,25 @@ def build(params: Params) -> tracked.Task:
     )
 
 
+def transfer(params: Params) -> tracked.Task:
+    model = tracked.finetune.pretrained("resnet18", weights="run:0123abcd", head=10)
+    report = tracked.finetune.load_weights(model, "weights.pt", partial=["fc"])
+    assert_type(report.loaded, tuple[str, ...])
+    tracked.finetune.freeze(model, "*")
+    tracked.finetune.unfreeze(model, "fc", "layer4.1.*")
+    schedule = {2: "layer4", 3: ["layer2", "layer3"]}
+    optimizer = torch.optim.SGD(tracked.finetune.trainable(model, also=schedule), lr=params.lr)
+    print(tracked.finetune.table(model), report)
+    data: Dataset[Any] = TensorDataset(torch.zeros(4, 2), torch.zeros(4, 1))
+    return tracked.Task(
+        model=model,
+        loss=nn.functional.cross_entropy,
+        optimizer=optimizer,
+        train_data=data,
+        unfreeze=schedule,
+    )
+
+
 def main(run: tracked.Run, params: Params) -> None:
     model = nn.Linear(2, 1)
     run.attach(model=model)
@@ -60,6 +79,7 @@ def script() -> None:
         main(run, Params())
     with tracked.resume("last", progress=False) as run:
         run.log_artifact("file.txt", "folder")
+        run.log_text("text", "notes/data.txt")
     try:
         finished = tracked.fit(build(Params()), "name", {"lr": 0.1}, epochs=3)
         assert_type(finished.finish(), int)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.nursery import Nursery
 from tests.processes import ROOT, Workplace
-from tests.proofs import assert_same_training, curves, runs, state
+from tests.proofs import artifact, assert_same_training, curves, runs, state
 
 
 @pytest.fixture
@@ -79,6 +80,46 @@ def test_digits_learn_and_resume_exactly(nursery: Nursery, place: Workplace) -> 
 
     assert resumed["metrics"]["val/accuracy"] > 0.9
     assert_same_training(place.tracking_uri, resumed["run_id"], reference)
+
+
+def test_a_resnet_with_a_frozen_backbone_learns_and_resumes_exactly_across_its_unfreezing(
+    nursery: Nursery, place: Workplace
+) -> None:
+    small = ("size=32", "samples=96", "unfreeze=2")
+    line = ("train", "experiments/finetune.py", *small, "--json", "--epochs")
+    whole = nursery.run(place, *line, "2").json
+    reference = curves(place.tracking_uri, whole["run_id"]), state(place.tracking_uri, whole["run_id"])
+
+    first = nursery.run(place, *line, "1").json
+    resumed = nursery.run(place, "resume", first["run_id"], "--epochs", "2", "--json").json
+
+    assert_same_training(place.tracking_uri, resumed["run_id"], reference)
+    text = artifact(place.tracking_uri, resumed["run_id"], "parameters.txt")
+    assert re.search(r"^layer4 +8,393,728 +–$", text, re.MULTILINE)
+    assert re.search(r"^all +8,395,780 +2,782,784$", text, re.MULTILINE)
+    before, after = (
+        state(place.tracking_uri, each["run_id"])["model_state_dict"] for each in (first, resumed)
+    )
+    changed = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert changed == {"layer4", "fc"}
+
+
+def test_the_finetuning_takes_a_folder_of_images(nursery: Nursery, place: Workplace) -> None:
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog", "owl"):
+        (place.path / "pictures" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place.path / "pictures" / name / f"{number}.png")
+    line = ("train", "experiments/finetune.py", "size=32", "batch_size=4", "--max-steps", "3", "--json")
+
+    done = nursery.run(place, *line, "data=pictures").json
+    wrong = nursery.run(place, *line, "data=nothing", check=False)
+
+    assert done["step"] == 3
+    assert state(place.tracking_uri, done["run_id"])["model_state_dict"]["fc.bias"].shape == (3,)
+    assert wrong.returncode == 2
+    assert "no images under 'nothing'" in wrong.stderr
 
 
 def test_the_own_loop_as_an_experiment_file_resumes_exactly(nursery: Nursery, place: Workplace) -> None:

@@ -22,12 +22,12 @@ failpoints names address packing params provenance schedule stopping children de
 spool
 journal archive
 server seeding points state
-data sender
+data sender freezing
 place checkpoint experiment
 pipe
 tracking progress
 attempts loop inspection
-training upkeep
+training upkeep finetune
 cli
 run __main__
 """
@@ -41,7 +41,7 @@ ALLOWED = {
     "tqdm": {"progress"},
     "torch": {
         *("seeding", "points", "state", "data", "checkpoint", "tracking", "loop", "training"),
-        *("finetune", "deferred_compiler"),
+        *("freezing", "finetune", "deferred_compiler"),
     },
 }
 

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tracked import finetune
     from tracked.errors import TrackedError
     from tracked.experiment import Task
     from tracked.tracking import Paused, Run
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from tracked.training import resume_run as resume
 
 __version__ = "0.1.0"
-__all__ = ["Paused", "Run", "Task", "TrackedError", "fit", "resume", "start"]
+__all__ = ["Paused", "Run", "Task", "TrackedError", "finetune", "fit", "resume", "start"]
 
 _HOMES = {
     "Paused": ("tracked.tracking", "Paused"),
@@ -29,7 +30,12 @@ _HOMES = {
 }
 
 
+_MODULES = ("finetune",)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"tracked.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'tracked' has no attribute {name!r}")
     module, attribute = _HOMES[name]

@@ -186,6 +186,8 @@ def _request(options: dict[str, Any], overrides: tuple[str, ...]) -> Request:
     settings = _settings(options)
     Settings(**settings)
     place = _place(options["tracking_uri"], options["spool_dir"])
+    # What the experiment itself reads from a run, as weights to begin with, is looked for on the same server.
+    os.environ["MLFLOW_TRACKING_URI"] = place.tracking_uri
     place.start_sender()
 
     from tracked.progress import Bar
@@ -334,6 +336,7 @@ def _check(experiment: Path, overrides: tuple[str, ...], options: dict[str, Any]
 
     settings = _settings(options)
     place = _place(options["tracking_uri"], options["spool_dir"])
+    os.environ["MLFLOW_TRACKING_URI"] = place.tracking_uri  # as for a training
     request = training.Request(place, settings, list(overrides), config=options["config"])
     tensors, points = training.check(experiment, request)
     click.echo(

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,6 +60,9 @@ class Task:
         step: `step(model, batch)` → loss, or `(loss, weight)` with the number of samples (or tokens) that the
             mean loss is over; scalar tensor of shape `[]`, floating dtype. Instead of `forward` and `loss`.
         evaluate: `evaluate(model, loader)` → dict of metric names to numbers, instead of the loop's own.
+        unfreeze: Epoch (counted from 1) → names or patterns of what is unfrozen when it begins, as
+            `finetune.unfreeze` takes them. The optimizer holds it from the start:
+            `finetune.trainable(model, also=…)`.
 
     Raises:
         UsageError: A field whose value cannot work.
@@ -83,6 +86,7 @@ class Task:
     forward: Callable[[torch.nn.Module, Any], tuple[Any, Any]] | None = None
     step: Callable[[torch.nn.Module, Any], Any] | None = None
     evaluate: Callable[[torch.nn.Module, Any], Mapping[str, Any]] | None = None
+    unfreeze: Mapping[int, str | Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         model, optimizer, scheduler = self.model, self.optimizer, self.scheduler
@@ -116,6 +120,7 @@ class Task:
         _need_name("monitor", self.monitor)
         self._check_data()
         self._check_metrics()
+        self._check_unfreeze()
 
     def _check_data(self) -> None:
         data: dict[str, object] = {"train_data": self.train_data}
@@ -145,6 +150,15 @@ class Task:
             sound = (asked or callable(metric)) and not isinstance(metric, type)
             expected = "f(outputs, targets), or an object with reset, update and compute"
             _need(sound, f"metrics[{name!r}]", metric, expected)
+
+    def _check_unfreeze(self) -> None:
+        _need(isinstance(self.unfreeze, Mapping), "unfreeze", self.unfreeze, "a dict of epoch: names")
+        for epoch, names in self.unfreeze.items():
+            expected = "a whole number from 2: what trains from epoch 1 on is not frozen at all"
+            _need(type(epoch) is int and epoch >= 2, "an epoch in unfreeze", epoch, expected)
+            listed: object = [names] if isinstance(names, str) else names
+            sound = isinstance(listed, Sequence) and listed and all(isinstance(each, str) for each in listed)
+            _need(sound, f"unfreeze[{epoch}]", names, "a name or pattern, or a list of them")
 
 
 def _need(sound: object, name: str, found: object, expected: str) -> None:

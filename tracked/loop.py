@@ -12,8 +12,9 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from tracked.data import Batches, size, to_device
-from tracked.errors import UsageError
+from tracked.errors import SpoolError, UsageError
 from tracked.experiment import Task
+from tracked.freezing import check_schedule, check_trains, table, train_mode, unfreeze_until
 from tracked.points import scalar
 from tracked.schedule import Due
 from tracked.seeding import derive, preserved_generators, seed_generators
@@ -32,11 +33,14 @@ def fit(task: Task, run: Run) -> None:
 
     Raises:
         LossNotFinite: A loss, or the monitored metric, is no finite number.
-        UsageError: Task and settings do not go together.
+        UsageError: Task and settings do not go together, or nothing trains.
     """
     settings = run.settings
     device = choose_device(settings.device)
     task.model.to(device)
+    check_schedule(task.model, task.optimizer, task.unfreeze)
+    unfreeze_until(run.epoch, task.model, task.unfreeze)
+    check_trains(task.model, task.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=task.precision == "fp16")
     window_loss = _Mean()
     if task.val_data is not None:
@@ -68,7 +72,11 @@ def fit(task: Task, run: Run) -> None:
         drop_last=options.pop("drop_last", False),
         loader=options,
     )
+    begun = 0
     for window in windows:
+        if run.epoch != begun:
+            _begin_epoch(task, run, first=not begun)
+            begun = run.epoch
         rates = learning_rates(task.optimizer)
         loss = train_step(task, scaler, [to_device(batch, device) for batch in window], device, run)
         window_loss.update(loss)
@@ -88,6 +96,24 @@ def fit(task: Task, run: Run) -> None:
                 _advance(task.scheduler, run)
 
 
+def _begin_epoch(task: Task, run: Run, *, first: bool) -> None:
+    """Unfreeze what is due and set the modes, which is cheaper than in each step; show what trains when that changes.
+
+    Args:
+        first: Whether it is the first of this process.
+    """
+    unfreeze_until(run.epoch, task.model, task.unfreeze)
+    train_mode(task.model)
+    some_frozen = not all(parameter.requires_grad for parameter in task.model.parameters())
+    if run.epoch in task.unfreeze or (first and (some_frozen or task.unfreeze)):
+        text = f"epoch {run.epoch}: parameters that train, and that are frozen\n{table(task.model)}"
+        run.progress.say(text)
+        try:
+            run.log_text(f"{text}\n", "parameters.txt")
+        except SpoolError as error:  # a full disk does not end a training
+            run.progress.warn(str(error))
+
+
 def train_step(
     task: Task, scaler: torch.amp.GradScaler, window: Sequence[Any], device: torch.device, run: Run
 ) -> torch.Tensor:
@@ -96,7 +122,8 @@ def train_step(
     Raises:
         LossNotFinite: The loss is NaN or infinite (on CUDA found a moment later, by the run itself).
     """
-    task.model.train()
+    if not task.model.training:  # a step of one's own has left it in eval mode
+        train_mode(task.model)
     samples = [size(batch) for batch in window] if len(window) > 1 else [1]
     losses = []
     for batch, count in zip(window, samples, strict=True):
@@ -124,7 +151,7 @@ def evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
 
 
 def _evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
-    training = [module for module in task.model.modules() if module.training]
+    modes = [(module, module.training) for module in task.model.modules()]
     task.model.eval()
     sets = task.val_data if isinstance(task.val_data, Mapping) else {"val": task.val_data}
     options = {key: value for key, value in task.loader.items() if key not in ("shuffle", "drop_last")}
@@ -144,8 +171,8 @@ def _evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
         found = task.evaluate(task.model, loader) if task.evaluate else _measure(task, loader, device)
         named = {f"{name}/{key}": value for key, value in found.items()}
         values |= {key: float(scalar(key, value)) for key, value in named.items()}
-    for module in training:
-        module.training = True
+    for module, mode in modes:  # not by train(), which would reach what is frozen
+        module.training = mode
     return values
 
 

@@ -50,7 +50,7 @@ class Parts:
             )
         if name in self._parts:
             raise UsageError(f"{name!r} is attached already", expected="a name for each part")
-        self._parts[name] = _uncompiled(part)
+        self._parts[name] = uncompiled(part)
         self._built[name] = copy.deepcopy(_hyperparameters(part))
 
     def check_together(self, names: Collection[str]) -> None:
@@ -198,7 +198,7 @@ class Parts:
         ]
 
 
-def _uncompiled(part: Any) -> Any:
+def uncompiled(part: Any) -> Any:
     """The module under `torch.compile`, whose state names have no `_orig_mod.`."""
     return getattr(part, "_orig_mod", part)
 

@@ -408,9 +408,20 @@ class Run:
 
     def log_figure(self, figure: Any, name: str) -> None:
         """Have a matplotlib figure uploaded; `name` is a path such as `plots/curves.png`."""
+        self._add_file(name, lambda to: figure.savefig(to, bbox_inches="tight"))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Have a text uploaded; `name` is a path such as `notes/data.txt`, and a later text of that name replaces it.
+
+        Raises:
+            SpoolError: The file cannot be made.
+        """
+        self._add_file(name, lambda to: to.write_text(text, encoding="utf-8"))
+
+    def _add_file(self, name: str, write: Callable[[Path], Any]) -> None:
         where = Path(name)
         directory = "" if str(where.parent) == "." else where.parent.as_posix()
-        self._pipe.add_file(where.name, directory, lambda to: figure.savefig(to, bbox_inches="tight"))
+        self._pipe.add_file(where.name, directory, write)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
@@ -493,7 +504,7 @@ class Run:
         """Finish as failed, with the traceback as an artifact."""
         text = redact_text("".join(traceback.format_exception(error)))
         try:
-            self._pipe.add_file("traceback.txt", "", lambda to: to.write_text(text))
+            self.log_text(text, "traceback.txt")
         except SpoolError as spool_error:
             self.progress.warn(str(spool_error))
         return self.finish("failed", redact_text(f"{type(error).__name__}: {error}")[:500])
