@@ -82,7 +82,7 @@ def test_digits_learn_and_resume_exactly(nursery: Nursery, place: Workplace) -> 
     assert_same_training(place.tracking_uri, resumed["run_id"], reference)
 
 
-def test_a_resnet_with_a_frozen_backbone_learns_and_resumes_exactly_across_its_unfreezing(
+def test_a_resnet_with_a_frozen_backbone_resumes_exactly_across_its_unfreezing(
     nursery: Nursery, place: Workplace
 ) -> None:
     small = ("size=32", "samples=96", "unfreeze=2")
@@ -91,17 +91,15 @@ def test_a_resnet_with_a_frozen_backbone_learns_and_resumes_exactly_across_its_u
     reference = curves(place.tracking_uri, whole["run_id"]), state(place.tracking_uri, whole["run_id"])
 
     first = nursery.run(place, *line, "1").json
+    before = state(place.tracking_uri, first["run_id"])["model_state_dict"]
     resumed = nursery.run(place, "resume", first["run_id"], "--epochs", "2", "--json").json
 
     assert_same_training(place.tracking_uri, resumed["run_id"], reference)
+    after = state(place.tracking_uri, resumed["run_id"])["model_state_dict"]
+    assert {name.split(".")[0] for name in before if not before[name].equal(after[name])} == {"layer4", "fc"}
     text = artifact(place.tracking_uri, resumed["run_id"], "parameters.txt")
     assert re.search(r"^layer4 +8,393,728 +–$", text, re.MULTILINE)
     assert re.search(r"^all +8,395,780 +2,782,784$", text, re.MULTILINE)
-    before, after = (
-        state(place.tracking_uri, each["run_id"])["model_state_dict"] for each in (first, resumed)
-    )
-    changed = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
-    assert changed == {"layer4", "fc"}
 
 
 def test_the_finetuning_takes_a_folder_of_images(nursery: Nursery, place: Workplace) -> None:

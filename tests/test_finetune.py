@@ -178,10 +178,9 @@ def task(
         finetune.freeze(model, "backbone")
     schedule = {2: "backbone.1", 3: ["backbone.0.*"]} if unfreeze is None else unfreeze
     parameters = changes.pop("parameters", None) or finetune.trainable(model, also=schedule)
-    made: Any = {
-        "momentum": lambda: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01),
-        "adamw": lambda: torch.optim.AdamW(parameters, lr=0.01),
-    }[optimizer]()
+    made: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
+    if optimizer == "adamw":
+        made = torch.optim.AdamW(parameters, lr=0.01)
     data = Noisy(26, "torch")
     given = {"loss": nn.functional.mse_loss, "train_data": data, "val_data": data, "batch_size": 4, **changes}
     return tracked.Task(
