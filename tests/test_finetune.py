@@ -16,7 +16,7 @@ from tests.experiments.tiny import FEATURES, Noisy
 from tests.nursery import Nursery
 from tests.processes import Workplace
 from tests.proofs import state as state_of_run
-from tests.trainings import Body, Trained, differing, fitting, nothing, train
+from tests.trainings import Body, Trained, differing, fitting, nothing, resume, train
 from tracked import finetune
 from tracked.errors import CheckpointError, RunNotFound, StateMismatch, UsageError
 from tracked.schedule import Settings
@@ -225,8 +225,9 @@ def test_a_resume_from_every_checkpoint_before_at_and_after_an_unfreezing_is_exa
 def test_an_unfreezing_that_a_resume_leaves_out_would_be_missed(tmp_path: Path) -> None:
     # The same optimizer in both, so that the schedule alone differs.
     later = fitting(lambda: task(unfreeze={2: "backbone.0", 3: "backbone.1"}))
-    found = differing(tmp_path, body(), SETTINGS, later)
-    assert all(found[step] for step in found if step < 2 * STEPS)
+    straight = train(tmp_path, body(), SETTINGS)
+    assert resume(tmp_path, straight, body(), SETTINGS, STEPS) == []
+    assert resume(tmp_path, straight, later, SETTINGS, STEPS) != []
 
 
 def test_statistics_stay_also_where_an_evaluation_of_ones_own_ends_in_train_mode(tmp_path: Path) -> None:
@@ -269,6 +270,17 @@ def test_the_table_is_logged_at_the_start_and_at_each_unfreezing(tmp_path: Path)
 
 def test_where_everything_trains_no_table_is_logged(tmp_path: Path) -> None:
     assert logged_tables(train(tmp_path, body(fine=False, unfreeze={}), SETTINGS)) == []
+
+
+def test_a_table_that_cannot_be_kept_does_not_end_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def without_room(run: tracked.Run) -> None:
+        (run._pipe._journal.folder / "files").touch()
+        body()(run)
+
+    assert train(tmp_path, without_room, SETTINGS).run.step == 3 * STEPS
+    assert "/files" in caplog.text
 
 
 def logged_tables(trained: Trained) -> list[str]:
