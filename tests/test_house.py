@@ -23,7 +23,7 @@ spool
 journal archive
 server seeding points state
 data sender freezing
-place checkpoint experiment
+streams place checkpoint experiment
 pipe
 tracking progress
 attempts loop inspection
@@ -40,7 +40,7 @@ ALLOWED = {
     "click": {"cli"},
     "tqdm": {"progress"},
     "torch": {
-        *("seeding", "points", "state", "data", "checkpoint", "tracking", "loop", "training"),
+        *("seeding", "points", "state", "data", "streams", "checkpoint", "tracking", "loop", "training"),
         *("freezing", "finetune", "deferred_compiler"),
     },
 }

@@ -28,8 +28,8 @@ _OWN = {
     "shuffle": "shuffle=",
     "drop_last": "drop_last=",
     "dataset": "the data set",
+    "generator": "seed=",
 }
-_UNSUPPORTED = ("sampler", "batch_sampler", "generator")
 
 
 class Wanted(NamedTuple):
@@ -49,14 +49,9 @@ class _Order:
 
     def __iter__(self) -> Iterator[Wanted]:
         owner = self.batches
-        order = owner.order(self.epoch)
-        for batch in range(self.start, len(owner)):
-            indices = order[batch * owner.batch_size : (batch + 1) * owner.batch_size]
+        for batch, indices in enumerate(owner.index_batches(self.epoch, self.start), self.start):
             seed = derive(owner.seed, owner.stream, self.epoch, batch) if owner.draws else 0
             yield Wanted(seed, indices)
-
-    def __len__(self) -> int:
-        return len(self.batches) - self.start
 
 
 class _Built:
@@ -89,8 +84,23 @@ class _Tensors:
         return [tensor.index_select(0, index) for tensor in self.tensors]
 
 
-def _as_is(batch: Any) -> Any:
+def as_is(batch: Any) -> Any:
+    """What is a batch already, for a loader that would collate it."""
     return batch
+
+
+def loading(source: Any, **options: Any) -> DataLoader[Any]:
+    """A `DataLoader`.
+
+    Raises:
+        UsageError: An argument that it does not know, or that cannot be used.
+    """
+    try:
+        return DataLoader(source, **options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"loader cannot be used: {error}", expected="arguments of torch.utils.data.DataLoader"
+        ) from None
 
 
 class Batches:
@@ -106,9 +116,16 @@ class Batches:
         stream: Keeps batches for different purposes apart ("train", "eval …").
         loader: Further arguments of `torch.utils.data.DataLoader`, such as `num_workers`.
 
+    Attributes:
+        state: Where the data stands after the last batch, if that is more than a number.
+        at_end: Whether that batch was the last one of its epoch, if that is not known before.
+        is_exact: Whether a resume goes on with the very next batch.
+
     Raises:
         UsageError: The data set has no length or no samples, or an argument cannot be honoured.
     """
+
+    is_exact = True
 
     def __init__(
         self,
@@ -130,8 +147,10 @@ class Batches:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.stream = stream
+        self.state: Any = None
+        self.at_end = False
         self._order = _Order(self)
-        if len(self) == 0:
+        if self.length == 0:
             raise UsageError(
                 f"the data set gives no batch: {self.samples} samples, batch size {batch_size}, "
                 f"drop_last={drop_last}",
@@ -139,29 +158,32 @@ class Batches:
             )
         collate = options.pop("collate_fn", None)
         self._built = _source(dataset, collate)
-        try:
-            # Also where it is not used, because it refuses what it does not know.
-            loading: DataLoader[Any] = DataLoader(
-                self._built,  # type: ignore[arg-type]
-                batch_sampler=self._order,  # type: ignore[arg-type]
-                collate_fn=_as_is,
-                **options,
-            )
-        except (TypeError, ValueError) as error:
-            raise UsageError(
-                f"loader cannot be used: {error}", expected="arguments of torch.utils.data.DataLoader"
-            ) from None
-        self._loader = loading if loading.num_workers or loading.pin_memory else None
+        # Also where it is not used, because it refuses what it does not know.
+        loader_ = loading(self._built, batch_sampler=self._order, collate_fn=as_is, **options)
+        self._loader = loader_ if loader_.num_workers or loader_.pin_memory else None
 
     @property
     def draws(self) -> bool:
         """Whether building a batch may draw random numbers, and so leave the generators seeded by it."""
         return isinstance(self._built, _Built)
 
-    def __len__(self) -> int:
-        """Batches in an epoch."""
+    @property
+    def length(self) -> int | None:
+        """Batches in an epoch; None if nobody knows."""
         whole = self.samples / self.batch_size
         return math.floor(whole) if self.drop_last else math.ceil(whole)
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What must be as it was for a resume in the middle of an epoch."""
+        return {"samples": self.samples, "batch_size": self.batch_size}
+
+    def probe(self) -> Any:
+        """A state such as will be saved, to find out early whether it can be."""
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Go on behind the batch after which `state` was taken."""
 
     def order(self, epoch: int) -> np.ndarray:
         """The samples of an epoch in the order of their use: int64, `(samples,)`."""
@@ -169,6 +191,14 @@ class Batches:
             return np.arange(self.samples)
         generator = torch.Generator().manual_seed(derive(self.seed, self.stream, epoch, "order"))
         return torch.randperm(self.samples, generator=generator).numpy()
+
+    def index_batches(self, epoch: int, start: int) -> Iterator[np.ndarray]:
+        """The samples of each batch of an epoch, from batch number `start` on."""
+        order = self.order(epoch)
+        for first in range(start * self.batch_size, self.samples, self.batch_size):
+            indices = order[first : first + self.batch_size]
+            if len(indices) == self.batch_size or not self.drop_last:
+                yield indices
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of one epoch, from batch number `start` on.
@@ -203,18 +233,13 @@ def _refuse(dataset: Dataset[Any], batch_size: int, options: Mapping[str, Any]) 
         raise UsageError(
             f"{type(dataset).__name__} has no length and no index, so no batch of it can be found again",
             expected="a map-style data set, with __len__ and __getitem__",
-            try_next="draw the batches yourself in `for step in run.steps(n)`, where each step is seeded",
+            try_next="IterableDataset as its base, or `for step in run.steps(n)`, where each step is seeded",
         )
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}", expected="1 or more")
     for name in options:
         if name in _OWN:
             raise UsageError(f"loader has {name!r}", expected=f"{_OWN[name]} beside it, not in loader")
-        if name in _UNSUPPORTED:
-            raise UsageError(
-                f"loader has {name!r}, which would decide the order that an exact resume has to know",
-                expected="collate_fn, num_workers, pin_memory, … in loader; the order comes from the seed",
-            )
 
 
 def in_groups(items: Iterator[T], size: int) -> Iterator[tuple[T, ...]]:

@@ -18,9 +18,11 @@ from tracked.freezing import check_schedule, check_trains, table, train_mode, un
 from tracked.points import scalar
 from tracked.schedule import Due
 from tracked.seeding import derive, preserved_generators, seed_generators
+from tracked.streams import Stream, batches_of
 from tracked.tracking import Run, not_finite
 
 DEFAULT_EPOCHS = 10
+_TRAINING_ONLY = ("shuffle", "drop_last", "sampler", "batch_sampler")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -154,12 +156,12 @@ def _evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
     modes = [(module, module.training) for module in task.model.modules()]
     task.model.eval()
     sets = task.val_data if isinstance(task.val_data, Mapping) else {"val": task.val_data}
-    options = {key: value for key, value in task.loader.items() if key not in ("shuffle", "drop_last")}
+    options = {key: value for key, value in task.loader.items() if key not in _TRAINING_ONLY}
     values: dict[str, float] = {}
     for name, data in sets.items():
         seed = derive(run.settings.seed, "eval", run.step, name)
         seed_generators(seed)
-        batches = Batches(
+        batches = batches_of(
             data,  # type: ignore[arg-type]
             batch_size=task.batch_size,
             seed=seed,
@@ -176,7 +178,7 @@ def _evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
     return values
 
 
-def _seeded(batches: Batches, device: torch.device, seed: int) -> Iterator[Any]:
+def _seeded(batches: Batches | Stream, device: torch.device, seed: int) -> Iterator[Any]:
     """The batches of an evaluation; what the model draws for each is the same with and without workers."""
     for number, batch in enumerate(batches.epoch(0)):
         seed_generators(derive(seed, number))

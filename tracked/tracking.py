@@ -37,6 +37,7 @@ from tracked.seeding import (
 )
 from tracked.state import Parts
 from tracked.stopping import Stopping
+from tracked.streams import Stream, batches_of
 
 PAUSED_EXIT = 75
 
@@ -93,8 +94,11 @@ class Run:
         self.undelivered = 0
         self.metrics: dict[str, float] = {}
         self._attempt = attempt
+        self._epochs: int | None = None
+        self._steps_in_epoch = math.inf
         self._epoch_start, self._epoch_end = 0, math.inf
         self._accumulate = 0
+        self._source: Batches | Stream | None = None
         self._parts = Parts()
         # The one thing that a step between two due ones looks at.
         self._next_due = 0.0
@@ -230,7 +234,7 @@ class Run:
         `step_ended` tells the last one.
 
         Args:
-            data: A map-style data set.
+            data: A data set, map-style or iterable.
             batch_size: Samples in a batch.
             epochs: How often the data is gone through; `--epochs` goes first.
             max_steps: How many steps at most; `--max-steps` goes first.
@@ -242,7 +246,7 @@ class Run:
         Raises:
             UsageError: It is not said how long to go on, or the arguments do not go together.
         """
-        batches = self._source(data, batch_size, loader, shuffle=shuffle, drop_last=drop_last)
+        batches = self._batches(data, batch_size, loader, shuffle=shuffle, drop_last=drop_last)
         if accumulate == 1:
             return self._train(batches, epochs, max_steps, 1, lambda source: source)
         return self._one_by_one(self._windows(batches, epochs, max_steps, accumulate))
@@ -260,7 +264,7 @@ class Run:
         loader: Mapping[str, Any] | None = None,
     ) -> Iterator[Sequence[Any]]:
         """Like `batches`, with the batches of each step in a sequence (shorter at the end of an epoch)."""
-        batches = self._source(data, batch_size, loader or {}, shuffle=shuffle, drop_last=drop_last)
+        batches = self._batches(data, batch_size, loader or {}, shuffle=shuffle, drop_last=drop_last)
         return self._windows(batches, epochs, max_steps, accumulate)
 
     def steps(self, count: int | None = None) -> Iterator[int]:
@@ -281,7 +285,7 @@ class Run:
             if self.step >= self._next_due and self._settle():
                 return
 
-    def _source(
+    def _batches(
         self,
         data: Dataset[Any],
         batch_size: int,
@@ -289,14 +293,14 @@ class Run:
         *,
         shuffle: bool,
         drop_last: bool,
-    ) -> Batches:
+    ) -> Batches | Stream:
         seed = self.settings.seed
-        return Batches(
+        return batches_of(
             data, batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, loader=loader
         )
 
     def _windows(
-        self, batches: Batches, epochs: int | None, max_steps: int | None, accumulate: int
+        self, batches: Batches | Stream, epochs: int | None, max_steps: int | None, accumulate: int
     ) -> Iterator[Sequence[Any]]:
         if accumulate < 1:
             raise UsageError(f"accumulate is {accumulate}", expected="1 or more")
@@ -313,29 +317,34 @@ class Run:
 
     def _train(
         self,
-        batches: Batches,
+        batches: Batches | Stream,
         epochs: int | None,
         max_steps: int | None,
         accumulate: int,
         grouped: Callable[[Iterator[Any]], Iterator[Any]],
     ) -> Iterator[Any]:
         """What every step is handed, up to the end of the training; `grouped` makes it from an epoch's batches."""
-        epochs, max_steps = self._length(epochs, max_steps)
-        steps_in_epoch = -(-len(batches) // accumulate)
-        lengths = [epochs * steps_in_epoch if epochs else None, max_steps]
-        self.total_steps = min(length for length in lengths if length is not None)
+        self._epochs, max_steps = self._length(epochs, max_steps)
+        if batches.length is not None:
+            self._steps_in_epoch = -(-batches.length // accumulate)
+        lengths = [self._epochs * self._steps_in_epoch if self._epochs else math.inf, max_steps or math.inf]
+        self.total_steps = None if min(lengths) == math.inf else int(min(lengths))
         self._epoch_start = self.step - self._batch // accumulate
         self._accumulate = accumulate
-        self._epoch_end = self._epoch_start + steps_in_epoch
-        self._begin({"samples": batches.samples, "batch_size": batches.batch_size, "accumulate": accumulate})
+        self._epoch_end = self._epoch_start + self._steps_in_epoch
+        self._source = batches
+        self._begin({**batches.facts, "accumulate": accumulate})
         draws, step_seeds = batches.draws, self._step_seeds
-        while self.step < self.total_steps and not self._ends_after_step:
+        while not self._is_complete:
+            before = self.step
             try:
                 for item in grouped(batches.epoch(self.epochs_done, self._batch)):
                     self.step += 1
                     # Else who builds the batches, main process or worker, would decide what the step draws.
                     if draws:
                         seed_generators(next(step_seeds))
+                    if batches.at_end:
+                        self._epoch_end = self._next_due = self.step
                     yield item
                     if self.step >= self._next_due and self._settle():
                         return
@@ -344,6 +353,18 @@ class Run:
             except Exception:
                 self._rescue()
                 raise
+            if self.step == before:
+                raise UsageError(
+                    f"the data gave no batch in epoch {self.epoch}",
+                    expected="a data set, or a sampler, that begins anew in each epoch",
+                )
+
+    @property
+    def _is_complete(self) -> bool:
+        """Whether there is no step to do any more."""
+        by_steps = self.total_steps is not None and self.step >= self.total_steps
+        by_epochs = self._epochs is not None and self.epochs_done >= self._epochs
+        return by_steps or by_epochs or bool(self._ends_after_step)
 
     def _rescue(self) -> None:
         """Save what stands where no batch could be built: the state is still that of the last step."""
@@ -538,11 +559,13 @@ class Run:
             loop = {**asdict(self.settings), **self._facts}
             self._pipe.append("params", {f"loop.{name}": str(value) for name, value in loop.items()})
             seed_generators(derive(self.settings.seed, "loop"))
-            if self.state:
-                check_loadable({"state": self.state})
+            source = self._source.probe() if self._source is not None else None
+            check_loadable({"state": self.state, "source": source})
             self._take_checkpoint(wait=True)
         else:
             self._check_data(self._restored, data)
+            if self._source is not None:
+                self._source.restore(self._restored.get("source"))
             self._compare_environment(self._restored)
             restore_determinism(self._restored["determinism"])
             restore_generators(self._restored["generators"])
@@ -551,6 +574,13 @@ class Run:
             if self._attempt.restored is not None:
                 self._attempt.restored = {"step": self.step}
         self._looping = True
+        if self._source is not None and not self._source.is_exact:
+            self.progress.warn(
+                "the data cannot say where it stands: a resume reads it again from the beginning of the epoch, "
+                "and what it then gives may differ\n  to be exact: state_dict() and load_state_dict() on the "
+                "IterableDataset or the sampler"
+            )
+            self.set_tags({EXACT: "false"})
         self.set_tags({SETTINGS: json.dumps(asdict(self.settings)), **self._recorded})
         self._improved = False
         self._plan_next()
@@ -560,12 +590,11 @@ class Run:
         self._attention = False  # first: what happens from here on is for the next step
         if epoch_ended := self.step == self._epoch_end:
             self.epochs_done += 1
-            self._epoch_end += self._epoch_end - self._epoch_start
-            self._epoch_start = self.step
+            self._epoch_start, self._epoch_end = self.step, self.step + self._steps_in_epoch
         leave = self._leave  # may be set at any moment: what leaves has been saved
         if leave is not None and leave[0] == "superseded":
             raise self._taken()
-        ends = self.step == self.total_steps or bool(self._ends_after_step) or leave is not None
+        ends = self._is_complete or leave is not None
         if ends and self._points.must_be_finite:
             self._pipe.flush()  # reads what is still on the device
         if self._points.not_finite is not None:
@@ -636,6 +665,7 @@ class Run:
             "environment": self._environment(),
             "points": points,
             "state": self.state,
+            "source": None if self._source is None else self._source.state,
             "stopping": self.stopping.state_dict(),
             "checkpoints": self._kept(),
             "data": self._data,
