@@ -300,33 +300,43 @@ def _taken(run_id: str, holder: str) -> RunTaken:
     return RunTaken(
         f"run {run_id} is being trained by {holder}",
         expected="a run that nobody is training",
-        try_next=f"python -m tracked.run show {run_id}",
+        try_next=f"python -m tracked.run show {run_id}, or, to have it left: python -m tracked.run pause {run_id}",
     )
 
 
-def restore(server: Server, view: RunView, folder: RunFolder, say: Say) -> dict[str, Any]:
-    """The newest checkpoint that verifies, from this machine's spool or downloaded into it.
+def restore(
+    server: Server, view: RunView, folder: RunFolder, say: Say, *, step: int | None = None
+) -> dict[str, Any]:
+    """The newest checkpoint that verifies, or the one at `step`, from the run's folder or downloaded into it.
 
     Raises:
         RunNotResumable: The run names no checkpoint.
-        CheckpointError: None is whole.
+        CheckpointError: None is whole, or none is at `step`.
     """
     pointer = pointed(view)
     if pointer is None:
         raise _no_checkpoint(view)
+    candidates = dict(_candidates(server, view, folder, pointer))
+    if step is not None and step not in candidates:
+        raise CheckpointError(
+            f"run {view.run_id} has no committed checkpoint of step {step}",
+            expected=f"one of {', '.join(map(str, sorted(candidates)))}",
+            try_next=f"python -m tracked.run show {view.run_id}",
+        )
     reasons = []
-    for step, sha256 in _candidates(server, view, folder, pointer):
-        local = folder.checkpoints / folder_name(step) / FILE
+    for at in candidates if step is None else [step]:
+        local, sha256 = folder.checkpoints / folder_name(at) / FILE, candidates[at]
         try:
             try:
                 state = load(local, sha256)
             except CheckpointError:
                 # Missing or damaged here: the server has it too.
-                server.download(view.run_id, f"checkpoints/{folder_name(step)}/{FILE}", local)
+                server.download(view.run_id, f"checkpoints/{folder_name(at)}/{FILE}", local)
                 state = load(local, sha256)
         except CheckpointError as error:
-            reasons.append(f"step {step}: {error.found}")
-            say(f"checkpoint of step {step} cannot be used ({error.found}); looking for an earlier one")
+            reasons.append(f"step {at}: {error.found}")
+            if step is None:
+                say(f"checkpoint of step {at} cannot be used ({error.found}); looking for an earlier one")
             continue
         return state
     raise CheckpointError(

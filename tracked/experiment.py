@@ -438,7 +438,12 @@ def describe(experiment: Experiment) -> dict[str, str]:
 
 
 def locate(
-    recorded: Mapping[str, object], *, file: Path | None, cwd: Path, run_id: str = "RUN"
+    recorded: Mapping[str, object],
+    *,
+    file: Path | None,
+    cwd: Path,
+    run_id: str = "RUN",
+    line: Sequence[str] = (),
 ) -> tuple[Path, list[str]]:
     """Finds the experiment file of a run on this machine; executes and downloads nothing.
 
@@ -451,6 +456,7 @@ def locate(
         file: The user's `--file`.
         cwd: The working directory.
         run_id: For the text of the error.
+        line: The words of the command that `--file` would be added to; `resume` and the run if empty.
 
     Returns:
         The file (absolute, resolved), and warnings to print, such as that it changed since.
@@ -467,7 +473,7 @@ def locate(
             return candidate, []
     if candidates:
         return candidates[0], _changed(candidates[0], recorded)
-    raise _not_here(recorded, run_id)
+    raise _not_here(recorded, run_id, line or ("resume", run_id))
 
 
 def _candidates(recorded: Mapping[str, object], cwd: Path) -> list[Path]:
@@ -520,7 +526,7 @@ def _changed(file: Path, recorded: Mapping[str, object]) -> list[str]:
     return [f"{file} has changed since the run started (sha256 {expected[:12]}… then, {actual[:12]}… now)"]
 
 
-def _not_here(recorded: Mapping[str, object], run_id: str) -> ExperimentError:
+def _not_here(recorded: Mapping[str, object], run_id: str, line: Sequence[str]) -> ExperimentError:
     import shlex
 
     named = recorded.get("path") or recorded.get("absolute")
@@ -538,11 +544,11 @@ def _not_here(recorded: Mapping[str, object], run_id: str) -> ExperimentError:
             f"source/{name}".rstrip("/"),
         ]
     )
-    resume = shlex.join(["tracked", "resume", run_id, "--file"])
+    again = shlex.join(["tracked", *line, "--file"])
     return ExperimentError(
         f"the run's experiment file, recorded as {ascii(named)[:200]}, is not in this working tree",
         expected="that file in the working directory or its git repository; what a server sends is never run",
-        try_next=f"{resume} {name or 'FILE.py'}\n       the run's own copy, to be read first: {fetch}",
+        try_next=f"{again} {name or 'FILE.py'}\n       the run's own copy, to be read first: {fetch}",
     )
 
 

@@ -44,6 +44,7 @@ from tracked.names import (
 from tracked.packing import unpack
 from tracked.place import Place
 from tracked.spool import RunFolder, is_held, read_json
+from tracked.tables import ago, aligned, readable
 
 if TYPE_CHECKING:
     from tracked.server import RunView, Server
@@ -216,7 +217,7 @@ def true_state(view: RunView, local: Sequence[RunFolder]) -> str:
         return state
     heard = int(view.tags.get(HEARTBEAT, "0")) or view.start_time
     silent = time.time() - heard / 1000
-    return state if silent < LOST_AFTER_SECONDS else f"lost (last heard {_ago(silent)} ago)"
+    return state if silent < LOST_AFTER_SECONDS else f"lost (last heard {ago(silent)} ago)"
 
 
 def _summary(view: RunView, local: Sequence[RunFolder], best: float | None) -> Summary:
@@ -296,7 +297,7 @@ def table(runs: Sequence[Summary]) -> str:
         width += 1
     rows = [("run", "state", "experiment", "name", "epoch", "step", "best", "last", "age", "undelivered")]
     for run in runs:
-        age = _ago(time.time() - run.started / 1000) if run.started else ""
+        age = ago(time.time() - run.started / 1000) if run.started else ""
         rows.append(
             (
                 run.run_id[:width],
@@ -311,13 +312,7 @@ def table(runs: Sequence[Summary]) -> str:
                 str(run.undelivered) if run.undelivered else "",
             )
         )
-    filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in filled]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in zip(*filled, strict=True)
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(rows)
 
 
 # -- show
@@ -389,11 +384,12 @@ def look(place: Place, word: str, say: Say) -> Details:
 def _try_next(run: Summary, *, resumable: bool) -> list[str]:
     command = "python -m tracked.run"
     if run.state == "running":
-        return []
+        return [f"{command} pause {run.run_id}"]
     if run.undelivered:
         return [f"{command} sync"]
     if run.state in ("finished", "stopped_early"):
-        return [f"{command} verify {run.run_id}"]
+        export = f"{command} export {run.run_id} --form weights --to weights"
+        return [f"{command} verify {run.run_id}", export]
     return [f"{command} resume {run.run_id}"] if resumable else []
 
 
@@ -493,6 +489,20 @@ def find(server: Server, place: Place, word: str, say: Say) -> tuple[RunView, li
     return views[0], local.get(views[0].tags.get(HANDLE, ""), [])
 
 
+def refuse_foreign(view: RunView) -> None:
+    """Go on with runs of this package only.
+
+    Raises:
+        RunNotResumable: It was not made by it.
+    """
+    if HANDLE not in view.tags:
+        raise RunNotResumable(
+            f"run {view.run_id} was not made by this package: it has no tag {HANDLE}",
+            expected="a run of `python -m tracked.run train`, or of tracked.start()",
+            try_next="python -m tracked.run list",
+        )
+
+
 def _run_id(runs: Sequence[RunFolder]) -> str:
     return next((str(run_id) for run in runs if (run_id := run.about.get("run_id"))), "")
 
@@ -514,12 +524,7 @@ def verify(place: Place, word: str, say: Say) -> Proof:
 
     server = Server(place.tracking_uri, timeout=_PATIENCE, create=False)
     view, local = find(server, place, word, say)
-    if HANDLE not in view.tags:
-        raise RunNotResumable(
-            f"run {view.run_id} was not made by this package: it has no tag {HANDLE}",
-            expected="a run of `python -m tracked.run train`, or of tracked.start()",
-            try_next="python -m tracked.run list",
-        )
+    refuse_foreign(view)
     proof = Proof(view.run_id or view.tags[HANDLE])
     running = true_state(view, local) == "running"
     waiting = sum(undelivered(run) for run in local)
@@ -658,23 +663,6 @@ def _note(proof: Proof, holds: bool, so: str, otherwise: str) -> None:
 
 
 # -- words and numbers
-
-
-def readable(size: int) -> str:
-    """Bytes for people."""
-    number = float(size)
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"
-
-
-def _ago(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 
 def _count(value: int | None) -> str:

@@ -22,12 +22,13 @@ from typing import IO, TYPE_CHECKING, Any
 from tracked import inspection, sender, spool
 from tracked.address import database, redact
 from tracked.errors import ServerError, ServerUnavailable, TrackedError, UsageError
-from tracked.inspection import folders, is_trained, readable, waiting_in
+from tracked.inspection import folders, is_trained, waiting_in
 from tracked.journal import START, Reader
 from tracked.names import CHECKPOINT, FILE, HANDLE, MANIFEST, OURS, SETTINGS, STATE, folder_name, step_of
 from tracked.place import Place
 from tracked.provenance import boot_id, host_name
 from tracked.spool import Lock, Outbox, RunFolder, is_held, read_json
+from tracked.tables import readable
 
 if TYPE_CHECKING:
     from tracked.server import RunView, Server
