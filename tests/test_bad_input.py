@@ -78,7 +78,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Itera
 # -- runs
 
 
-@pytest.mark.parametrize("command", ["resume", "show", "verify"])
+@pytest.mark.parametrize("command", ["resume", "pause", "show", "verify"])
 @pytest.mark.parametrize("word", ["ffffffffffff", "no such run"])
 def test_an_unknown_run_is_told_with_the_command_that_lists_runs(
     trained: Trained, command: str, word: str
@@ -90,7 +90,7 @@ def test_an_unknown_run_is_told_with_the_command_that_lists_runs(
     )
 
 
-@pytest.mark.parametrize("command", ["resume", "verify"])
+@pytest.mark.parametrize("command", ["resume", "pause", "verify"])
 def test_a_run_of_another_tool_is_left_alone(trained: Trained, command: str) -> None:
     client = MlflowClient(trained.workplace.tracking_uri)
     theirs = client.create_run("0").info.run_id
@@ -514,7 +514,13 @@ def test_a_server_that_refuses_is_told_at_once(
     assert_told(result, 1, front.uri, word)
 
 
-@pytest.mark.parametrize("command", [["list"], ["show", "last"], ["verify", "last"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["list"], ["show", "last"], ["verify", "last"], ["pause", "last"]),
+        ["export", "last", "--form", "weights", "--to", "weights"],
+    ],
+)
 def test_a_server_in_trouble_is_told(
     trained: Trained, front: FakeFront, tmp_path: Path, command: list[str]
 ) -> None:

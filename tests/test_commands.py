@@ -33,7 +33,7 @@ from tracked.place import Place
 from tracked.server import RunView, Server
 from tracked.spool import Lock, RunFolder, read_json, write_json
 
-COMMANDS = ["train", "resume", "list", "show", "verify", "sync", "gc", "ui"]
+COMMANDS = ["train", "resume", "pause", "stop", "list", "show", "verify", "export", "sync", "gc", "ui"]
 
 
 def place_of(workplace: Workplace) -> Place:

@@ -27,7 +27,8 @@ streams place checkpoint experiment
 pipe
 tracking progress
 attempts loop inspection
-training upkeep finetune
+training upkeep finetune command retrieval tensors
+export
 cli
 run __main__
 """
@@ -41,8 +42,9 @@ ALLOWED = {
     "tqdm": {"progress"},
     "torch": {
         *("seeding", "points", "state", "data", "streams", "checkpoint", "tracking", "loop", "training"),
-        *("freezing", "finetune", "deferred_compiler"),
+        *("freezing", "finetune", "deferred_compiler", "tensors", "export"),
     },
+    "safetensors": {"export"},
 }
 
 
@@ -109,7 +111,7 @@ def test_a_library_is_imported_only_where_the_table_says(library: str) -> None:
         ("import tracked.cli", ("click",)),
         ("import tracked.archive", ()),
         ("import tracked.sender", ()),
-        ("import tracked.inspection, tracked.upkeep", ()),
+        ("import tracked.inspection, tracked.upkeep, tracked.command", ()),
         ("from tracked.cli import main; main(['train', '--help'], standalone_mode=False)", ("click",)),
     ],
 )

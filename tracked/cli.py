@@ -8,10 +8,11 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
 _EXAMPLES = {
     "train": "train experiments/digits.py lr=0.01 --epochs 10",
     "resume": "resume last --epochs 20",
+    "pause": "pause last",
+    "stop": "stop last --no-wait",
     "list": "list",
     "show": "show last",
     "verify": "verify last",
+    "export": "export last --form weights --to weights",
     "sync": "sync",
     "gc": "gc",
     "ui": "ui",
@@ -387,6 +391,58 @@ def _resume_command(run: str, command: list[str], options: dict[str, Any]) -> No
         ) from None
 
 
+# -- asking a training to leave
+
+_asking = _options(
+    click.option("--no-wait", is_flag=True, help="Return as soon as the server has taken the command."),
+    click.option(
+        "--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for its end."
+    ),
+    _as_json,
+    _where,
+)
+
+
+@main.command()
+@click.argument("run")
+@_asking
+def pause(run: str, **options: Any) -> None:
+    """Have a training, wherever it runs, checkpoint and leave; `resume` goes on."""
+    _ask(run, "pause", **options)
+
+
+@main.command()
+@click.argument("run")
+@_asking
+def stop(run: str, **options: Any) -> None:
+    """Have a training, wherever it runs, checkpoint and end."""
+    _ask(run, "stop", **options)
+
+
+def _ask(
+    run: str,
+    what: Literal["pause", "stop"],
+    *,
+    no_wait: bool,
+    timeout: float,
+    as_json: bool,
+    tracking_uri: str | None,
+    spool_dir: str | None,
+) -> None:
+    from tracked import command
+
+    place = _place(tracking_uri, spool_dir)
+    run_id, state = command.ask(place, run, what, _note, wait=not no_wait, timeout=timeout)
+    if as_json:
+        click.echo(json.dumps({"run_id": run_id, "state": state}))
+    elif no_wait:
+        click.echo(f"asked run {run_id} to {what}")
+    else:
+        click.echo(f"run {run_id} is {state}")
+        if state == "paused":
+            click.echo(f"to go on: python -m tracked.run resume {run_id}")
+
+
 # -- looking
 
 
@@ -415,14 +471,28 @@ def list_(
 
 @main.command()
 @click.argument("run")
+@click.option(
+    "--tensors",
+    is_flag=True,
+    help="Also its last checkpoint's tensors (shapes, norms) and learning rates.",
+)
 @_as_json
 @_where
-def show(run: str, tracking_uri: str | None, spool_dir: str | None, *, as_json: bool) -> None:
+def show(run: str, tracking_uri: str | None, spool_dir: str | None, *, tensors: bool, as_json: bool) -> None:
     """Show one run: state, params, metrics, checkpoints."""
     from tracked import inspection
 
-    found = inspection.look(_place(tracking_uri, spool_dir), run, _note)
-    click.echo(json.dumps(found.as_json()) if as_json else inspection.page(found))
+    place = _place(tracking_uri, spool_dir)
+    found = inspection.look(place, run, _note)
+    shown, text = found.as_json(), inspection.page(found)
+    if tensors:
+        from tracked.retrieval import retrieve
+        from tracked.tensors import look_inside, page
+
+        with tempfile.TemporaryDirectory(prefix="tracked-show-") as folder:
+            inside = look_inside(retrieve(place, found.summary.run_id, Path(folder), _note).state)
+        shown, text = shown | inside.as_json(), f"{text}\n\n{page(inside)}"
+    click.echo(json.dumps(shown) if as_json else text)
 
 
 @main.command()
@@ -442,6 +512,45 @@ def verify(run: str, tracking_uri: str | None, spool_dir: str | None, *, as_json
         for line in proof.wrong:
             click.echo(f"wrong  {line}")
     sys.exit(FAILED if proof.wrong else FINISHED)
+
+
+@main.command()
+@click.argument("run")
+@click.option(
+    "--form", required=True, type=click.Choice(["weights", "model", "training"]), help="What to save."
+)
+@click.option("--to", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where to save it.")
+@click.option("--step", type=int, metavar="N", help="The checkpoint of this step, instead of the last one.")
+@click.option("--best", is_flag=True, help="The best checkpoint that is kept, instead of the last one.")
+@click.option(
+    "--file", type=click.Path(path_type=Path), help="The experiment file, if it lies elsewhere now (model)."
+)
+@click.option("--force", is_flag=True, help="Replace files that are there already.")
+@_as_json
+@_where
+def export(
+    run: str,
+    form: Literal["weights", "model", "training"],
+    tracking_uri: str | None,
+    spool_dir: str | None,
+    *,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Save a run's weights, module or training state for use without this package."""
+    if options["best"] and options["step"] is not None:
+        raise UsageError("--best and --step name two checkpoints", expected="one of them")
+    place = _place(tracking_uri, spool_dir)
+    from tracked import export as exports
+    from tracked.tables import aligned, readable
+
+    run_id, step, files = exports.export(place, run, form, options.pop("to"), _note, **options)
+    if as_json:
+        listed = [{"path": str(each.path), "bytes": each.bytes, "load": each.load} for each in files]
+        click.echo(json.dumps({"run_id": run_id, "step": step, "form": form, "files": listed}))
+    else:
+        rows = [(str(each.path), readable(each.bytes), each.load) for each in files]
+        click.echo(aligned([(f"step {step} of {run_id[:8]}", "size", "to load it"), *rows]))
 
 
 # -- the spool

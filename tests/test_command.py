@@ -1,0 +1,127 @@
+"""A training is asked to leave from elsewhere: by `pause` and `stop`, and by a tag that a person sets."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.nursery import Nursery, Trainer
+from tests.processes import Workplace
+from tests.proofs import assert_same_training, assert_whole, handle_of, run_id_of, state, until_committed
+from tests.servers import free_port
+from tests.test_commands import logged_run, place_of, silent
+from tests.test_takeover import EXPERIMENT
+from tracked import command
+from tracked.errors import RunTaken, ServerUnavailable, UsageError
+from tracked.names import COMMAND, HEARTBEAT, STATE, STOP_REASON
+from tracked.place import Place
+from tracked.server import Server
+from tracked.spool import Lock, read_json
+
+LINE = ("train", "experiment.py", "--epochs", "20", "--checkpoint-every", "5 steps", "--json")
+
+
+def slow_training(workplace: Workplace, nursery: Nursery) -> tuple[Trainer, str]:
+    """One that goes on for minutes unless it is asked to leave, and its run's ID."""
+    (workplace.path / "go").unlink(missing_ok=True)
+    trainer = nursery.start(workplace, *LINE, "pause=0.5")
+    handle = handle_of(trainer)
+    until_committed(workplace, handle)
+    return trainer, run_id_of(workplace, handle)
+
+
+def test_a_training_is_paused_from_another_machine_and_resumed_to_the_same_bits(
+    remote_workplace: Workplace, tmp_path: Path, nursery: Nursery
+) -> None:
+    home, away = remote_workplace, Workplace(tmp_path / "away", remote_workplace.tracking_uri)
+    away.path.mkdir()
+    home.experiment(EXPERIMENT)
+    (home.path / "go").touch()
+    straight = home.tracked(*LINE).json["run_id"]
+    reference = assert_whole(home.tracking_uri, straight), state(home.tracking_uri, straight)
+    trainer, run_id = slow_training(home, nursery)
+
+    result = nursery.run(away, "pause", run_id[:8])
+
+    assert trainer.wait().returncode == 75
+    assert f"run {run_id} is paused" in result.stdout
+    assert f"resume {run_id}" in result.stdout
+    assert f"process {trainer.pid}" in result.stderr
+    view = Server(home.tracking_uri).get_run(run_id)
+    assert (view.status, view.tags[STATE], view.tags[STOP_REASON]) == ("KILLED", "paused", "asked to pause")
+    assert COMMAND not in view.tags
+    (home.path / "go").touch()
+    resumed = home.tracked("resume", run_id, "--json").json
+    assert 0 < resumed["resumed_from"] < 160
+    assert_same_training(home.tracking_uri, run_id, reference)
+
+    refused = nursery.run(away, "pause", run_id, check=False)
+    assert refused.returncode == 2
+    assert f"run {run_id} is finished: nobody is training it" in refused.stderr
+
+
+def test_a_tag_set_in_mlflows_interface_stops_a_training(workplace: Workplace, nursery: Nursery) -> None:
+    workplace.experiment(EXPERIMENT)
+    trainer, run_id = slow_training(workplace, nursery)
+
+    MlflowClient(workplace.tracking_uri).set_tag(run_id, COMMAND, "stop")
+    told = trainer.wait().json
+
+    assert (told["state"], told["undelivered"]) == ("stopped", 0)
+    view = Server(workplace.tracking_uri).get_run(run_id)
+    assert (view.status, view.tags[STATE], view.tags[STOP_REASON]) == ("KILLED", "stopped", "asked to stop")
+
+
+def test_a_command_that_is_not_waited_for_is_obeyed_all_the_same(
+    workplace: Workplace, nursery: Nursery
+) -> None:
+    workplace.experiment(EXPERIMENT)
+    trainer, run_id = slow_training(workplace, nursery)
+
+    assert workplace.tracked("stop", "last", "--no-wait", "--json").json == {
+        "run_id": run_id,
+        "state": "running",
+    }
+
+    assert trainer.wait().json["state"] == "stopped"
+
+
+def test_a_run_that_nobody_trains_is_not_asked_and_the_wait_for_one_that_stays_is_bounded(
+    workplace: Workplace,
+) -> None:
+    place, server = place_of(workplace), Server(workplace.tracking_uri)
+    for tags, found, next_ in (
+        ({STATE: "paused"}, "is paused: nobody is training it", "resume"),
+        ({STATE: "stopped"}, "is stopped: nobody", "show"),
+        ({STATE: "crashed"}, "is crashed: nobody", "resume"),
+        ({STATE: "running", HEARTBEAT: "1000"}, "is lost (last heard", "resume"),
+    ):
+        run = logged_run(workplace, **tags)
+        with pytest.raises(UsageError) as refused:
+            command.ask(place, run.run_id, "pause", silent)
+        assert found in str(refused.value)
+        assert f"python -m tracked.run {next_} {run.run_id}" in refused.value.try_next
+        assert COMMAND not in server.get_run(run.run_id).tags
+
+    run = logged_run(workplace, **{STATE: "running", HEARTBEAT: str(int(time.time() * 1000))})
+    with pytest.raises(RunTaken, match=r"is running after 0\.1 s; it stays asked to stop"):
+        command.ask(place, run.run_id, "stop", silent, timeout=0.1)
+    assert server.get_run(run.run_id).tags[COMMAND] == "stop"
+
+
+def test_without_its_server_a_training_of_this_machine_is_named_by_its_process(workplace: Workplace) -> None:
+    place = Place(f"http://127.0.0.1:{free_port()}", workplace.spool)
+    folder = place.outbox().run("ab" * 16)
+    folder.make()
+    lock = Lock(folder.lock)
+    assert lock.acquire()
+    pid = read_json(folder.lock)["pid"]
+
+    with pytest.raises(ServerUnavailable, match=f"kill -INT {pid}"):
+        command.ask(place, "abababab", "pause", silent)
+    lock.release()
+    with pytest.raises(UsageError, match="nobody is training it"):
+        command.ask(place, "abababab", "pause", silent)
