@@ -34,6 +34,7 @@ def main(run: tracked.Run, params: Params) -> None:
         if run.epoch_ended:
             scheduler.step()
             run.log(evaluate(model, val_data))
+            run.draw_curves(["train/loss", "val/loss"], ["val/accuracy"])
 
 
 def evaluate(model: nn.Module, data: Dataset[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:

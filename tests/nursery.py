@@ -179,10 +179,11 @@ def _serve(orders: IO[str], answers: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    # What takes its time is imported once, here: MLflow, torch, and what torch's optimizers import when one is made.
+    # What takes its time is imported once, here: MLflow, matplotlib, torch, and what torch's optimizers import.
     for module in (
         "torch._dynamo",
         "tracked.server",
+        "tracked.plots",
         "tracked.training",
         "tracked.progress",
         "tracked.upkeep",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 
 from tests.nursery import Nursery
@@ -80,6 +81,16 @@ def test_digits_learn_and_resume_exactly(nursery: Nursery, place: Workplace) -> 
 
     assert resumed["metrics"]["val/accuracy"] > 0.9
     assert_same_training(place.tracking_uri, resumed["run_id"], reference)
+    pictures = [picture(place, whole["run_id"]), picture(place, resumed["run_id"])]
+    assert pictures[0] != pictures[1], "the place where it was resumed is marked"
+
+
+def picture(place: Workplace, run_id: str) -> bytes:
+    """The run's curves as they stand on the server: a PNG."""
+    client = MlflowClient(place.tracking_uri)
+    found = Path(client.download_artifacts(run_id, "plots/curves.png", str(place.path))).read_bytes()
+    assert found.startswith(b"\x89PNG")
+    return found
 
 
 def test_a_resnet_with_a_frozen_backbone_resumes_exactly_across_its_unfreezing(

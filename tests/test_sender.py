@@ -24,6 +24,7 @@ from tests.nursery import Nursery
 from tests.processes import Workplace, wait_until
 from tests.proofs import assert_whole, curves, handle_of, only_run, run_id_of, told, until_committed
 from tests.servers import Answer, FakeFront, MlflowServer, Request, _Rule
+from tracked import sender
 from tracked.journal import Journal
 from tracked.packing import pack
 from tracked.sender import Sender
@@ -72,6 +73,10 @@ class Writing:
         (folder / "manifest.json").write_text(json.dumps({"sha256": sha256}))
         body = {"step": step, "epoch": 1, "sha256": sha256, "bytes": len(content), "keep": keep or []}
         self.append("checkpoint", {**body, "path": f"checkpoints/{folder.name}/checkpoint.pt"})
+
+    def picture(self, best_step: int = 1, **changes: Any) -> None:
+        body = {"name": "plots/curves.png", "panels": [["train/loss", "val/loss"]], "attempts": []}
+        self.append("picture", {**body, "best_step": best_step, **changes})
 
     def end(self) -> None:
         tags = {"tracked.state": "finished", "mlflow.tracked.points": "0"}
@@ -252,17 +257,17 @@ def refuse_points(front: FakeFront, times: int | None) -> None:
     front._rules.append(_Rule(are_points, act, times))
 
 
-def slow_uploads(front: FakeFront, begun: threading.Event, go_on: threading.Event) -> None:
-    """Hold every upload of a checkpoint until `go_on` is set."""
+def slow_uploads(
+    front: FakeFront, begun: threading.Event, go_on: threading.Event, name: str = "checkpoint.pt"
+) -> None:
+    """Hold every upload of a file of that name until `go_on` is set."""
 
     def act(front: FakeFront, handler: BaseHTTPRequestHandler, request: Request) -> None:
         begun.set()
         go_on.wait(60)
         front._pass_on(handler, request)
 
-    front._rules.append(
-        _Rule(lambda request: request.method == "PUT" and "checkpoint.pt" in request.path, act, None)
-    )
+    front._rules.append(_Rule(lambda request: request.method == "PUT" and name in request.path, act, None))
 
 
 def test_an_upload_of_50_mb_holds_neither_points_nor_heartbeats_and_its_pointer_waits_for_it(
@@ -417,6 +422,127 @@ def test_a_checkpoint_whose_upload_outlasts_its_attempt_is_not_named(
     finally:
         go_on.set()
     assert client.get_run(run_id).data.tags["tracked.checkpoint"] == "the other's"
+
+
+# -- pictures
+
+
+def drawings(front: FakeFront) -> list[bytes]:
+    """The pictures that were uploaded, in their order."""
+    return [each.body for each in list(front.requests) if each.method == "PUT" and "curves.png" in each.path]
+
+
+def until_drawn(front: FakeFront, count: int) -> None:
+    wait_until(lambda: len(drawings(front)) >= count, f"{count} pictures")
+
+
+def test_a_picture_is_drawn_of_all_that_was_logged_before_it_and_renewed(
+    post: Post, front: FakeFront, server_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "DRAWING_REST", 0.0)
+    writing = post.writing()
+    with post:
+        for number in (1, 2):
+            writing.points("train/loss", 100 * number, 100 * number + 100)
+            writing.points("val/loss", 100 * number, 100 * number + 1)
+            writing.picture(100)
+            until_drawn(front, number)
+        writing.end()
+        writing.delivered()
+    first, second = drawings(front)
+    assert first.startswith(b"\x89PNG")
+    assert second.startswith(b"\x89PNG")
+    assert first != second
+    sent = [at for at, each in enumerate(front.requests) if are_points(each)]
+    (drawn_last,) = [at for at, each in enumerate(front.requests) if each.body == second]
+    assert max(sent) < drawn_last
+    client = MlflowClient(server_uri)
+    run_id = delivered(post, server_uri).info.run_id
+    found = client.download_artifacts(run_id, "plots/curves.png", str(tmp_path))
+    assert Path(found).read_bytes() == second
+
+
+def test_of_many_pictures_the_newest_is_drawn_and_the_last_for_certain(post: Post, front: FakeFront) -> None:
+    writing = post.writing()
+    with post:
+        for step in range(20):
+            writing.points("val/loss", step, step + 1)
+            writing.picture(step)
+            if step == 0:
+                until_drawn(front, 1)
+        points_acknowledged(writing, 20)
+        assert len(drawings(front)) == 1, "a training is drawn more often than costs nothing"
+        writing.end()
+        writing.delivered()
+    assert len(drawings(front)) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"attempts": 7}, {"best_step": "a word"}, {"name": "../../elsewhere.png"}],
+    ids=["nothing to go through", "no number", "a name that leads out"],
+)
+def test_a_picture_that_cannot_be_drawn_is_left_out_and_holds_nothing_up(
+    post: Post, front: FakeFront, server_uri: str, changes: dict[str, Any]
+) -> None:
+    writing = post.writing()
+    writing.points("val/loss", 0, 10)
+    writing.picture(**changes)
+    writing.checkpoint(9, b"state")
+    writing.end()
+    with post:
+        writing.delivered()
+    assert delivered(post, server_uri).info.status == "FINISHED"
+    assert drawings(front) == []
+    rejected = [
+        json.loads(line) for line in (writing.folder.path / "rejected.jsonl").read_text().splitlines()
+    ]
+    assert len(rejected) == 1
+    assert rejected[0]["kind"] in ("picture", "artifact")
+
+
+def test_a_picture_on_its_way_holds_neither_points_nor_checkpoints_and_the_end_waits_for_it(
+    post: Post, front: FakeFront, server_uri: str
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    slow_uploads(front, begun, go_on, "curves.png")
+    client = MlflowClient(server_uri)
+    writing = post.writing()
+    writing.points("val/loss", 0, 10)
+    writing.picture(9)
+    try:
+        with post:
+            assert begun.wait(30)
+            writing.points("val/loss", 10, 20)
+            writing.checkpoint(19, b"state")
+            writing.end()
+            wait_until(lambda: "tracked.checkpoint" in tags(client, writing), "the pointer")
+            assert writing.folder.about["points"] == 20
+            assert tags(client, writing)["tracked.state"] == "running"
+            go_on.set()
+            writing.delivered()
+    finally:
+        go_on.set()
+    assert tags(client, writing)["tracked.state"] == "finished"
+
+
+def test_a_picture_that_a_sender_did_not_get_to_is_drawn_by_the_next(post: Post, front: FakeFront) -> None:
+    front.answer("curves.png", Answer(503))
+    client = MlflowClient(front.uri)
+    writing = post.writing()
+    writing.points("val/loss", 0, 10)
+    writing.picture(9)
+    writing.checkpoint(9, b"state")
+    with post:
+        wait_until(lambda: "tracked.checkpoint" in tags(client, writing), "the pointer")
+        until_drawn(front, 1)
+    front._rules.clear()
+    refused = len(drawings(front))
+    writing.end()
+    with post:
+        writing.delivered()
+    assert len(drawings(front)) == refused + 1
+    assert "plots" in {each.path for each in client.list_artifacts(writing.folder.about["run_id"])}
 
 
 # -- as processes

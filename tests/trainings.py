@@ -28,8 +28,8 @@ Point = tuple[str, int, str]
 Body = Callable[[Run], None]
 State = dict[str, Any]
 
-# Which older files were on the disk when this one was written: a matter of timing, and of no value.
-_TIMING = ("checkpoints",)
+# Which older files were on the disk when this one was written, and where the run was resumed: of no value.
+_BOOKKEEPING = ("checkpoints", "about")
 
 
 class _EveryCheckpoint(Run):
@@ -93,7 +93,7 @@ def train(root: Path, body: Body, settings: Settings, restored: State | None = N
 def differences(straight: Trained, resumed: Trained, step: int) -> list[str]:
     """Where a training resumed at `step` differs from the uninterrupted one: state and whole history."""
     a, b = straight.last, resumed.last
-    for name in _TIMING:
+    for name in _BOOKKEEPING:
         a.pop(name)
         b.pop(name)
     _, wrong = compare_states(a, b)

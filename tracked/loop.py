@@ -82,6 +82,7 @@ def fit(task: Task, run: Run) -> None:
         rates = learning_rates(task.optimizer)
         loss = train_step(task, scaler, [to_device(batch, device) for batch in window], device, run)
         window_loss.update(loss)
+        run.overfitting.add(loss.item() if loss.is_cpu else loss.double())
         if settings.logs_at(run.step):
             run.log({"train/loss": window_loss.take(), **run.changed(rates)})
         if task.scheduler is not None and task.scheduler_interval == "step":
@@ -92,6 +93,7 @@ def fit(task: Task, run: Run) -> None:
             metrics = evaluate(task, device, run)
             _check_monitored(metrics, settings.monitor)
             run.log(metrics)
+            _tell_of_overfitting(metrics, run)
         if run.epoch_ended:
             run.log({"epoch": run.epoch})
             if task.scheduler is not None and task.scheduler_interval == "epoch":
@@ -114,6 +116,18 @@ def _begin_epoch(task: Task, run: Run, *, first: bool) -> None:
             run.log_text(f"{text}\n", "parameters.txt")
         except SpoolError as error:  # a full disk does not end a training
             run.progress.warn(str(error))
+
+
+def _tell_of_overfitting(metrics: Mapping[str, float], run: Run) -> None:
+    """Renew the picture of the curves and, where validation has a loss, the verdict on it."""
+    monitor = run.settings.monitor or ""
+    losses = [key for key in metrics if key.endswith("/loss")]
+    # The set that the run is judged by goes first: of it the gap is told.
+    losses.sort(key=lambda key: key.partition("/")[0] != monitor.partition("/")[0])
+    if losses:
+        run.judge_overfitting(losses[0], metrics[losses[0]])
+    others = [[monitor]] if monitor in metrics and monitor not in losses else []
+    run.draw_curves(["train/loss", *losses], *others)
 
 
 def train_step(

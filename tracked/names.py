@@ -19,6 +19,7 @@ LONGEST = 250
 STATE = "tracked.state"
 CHECKPOINT = "tracked.checkpoint"
 STOP_REASON = "tracked.stop_reason"
+OVERFITTING = "tracked.overfitting"
 COMMAND = "tracked.command"
 # Tags that MLflow's interface hides.
 HANDLE = "mlflow.tracked.handle"

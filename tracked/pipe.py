@@ -151,6 +151,7 @@ class Pipe:
         self._journal.append("start", attempt.start)
         self._lock = threading.Lock()
         self._written: list[dict[str, Any]] = []
+        self._pictures: dict[str, dict[str, Any]] = {}
         self._writer = Writer(self._written.append, self._tell_failed)
         self._appended = 0
         self._files = 0
@@ -190,6 +191,10 @@ class Pipe:
             raise spool.unusable(path, error) from error
         self.append("artifact", {"file": relative, "directory": directory})
 
+    def draw(self, name: str, body: Mapping[str, Any]) -> None:
+        """Have the sender draw the picture `name` from all that is logged by now; the newest of a name counts."""
+        self._pictures[name] = {"name": name, **body}
+
     def take_checkpoint(
         self, state: dict[str, Any], manifest: Mapping[str, Any], *, pinned: bool, wait: bool
     ) -> bool:
@@ -227,13 +232,16 @@ class Pipe:
         # The writer's thread may append meanwhile: only what is there now is taken.
         manifests = self._written[:]
         del self._written[: len(manifests)]
-        # After the manifests: every point up to a written checkpoint's step stands before its record.
+        pictures = [self._pictures.popitem()[1] for _ in range(len(self._pictures))]
+        # After them: every point up to a written checkpoint's step, or of a picture, stands before its record.
         points = self.points.drain()
         for start in range(0, len(points), _POINTS_IN_A_RECORD):
             self._journal.append("points", pack(points[start : start + _POINTS_IN_A_RECORD]))
         self._appended += len(points)
         for manifest in manifests:
             self._keep(manifest)
+        for picture in pictures:
+            self._journal.append("picture", picture)
         if (diverged := self.points.diverged) and "diverged" not in self._told:
             self._journal.append("tags", {DIVERGED_AT: str(diverged.step)})
             self._tell_once(
@@ -271,7 +279,7 @@ class Pipe:
                 "  the training goes on, and what it logs waits in the spool",
             )
         if said.get("rejected"):
-            self._tell_once("rejected", f"the server found a record invalid: {said.get('rejected_reason')}")
+            self._tell_once("rejected", f"left out, as it cannot be delivered: {said.get('rejected_reason')}")
         try:
             beside(said)
         except Exception as error:  # noqa: BLE001 - whatever a display raises, points are journaled

@@ -1,10 +1,10 @@
 """The process that drains the spool: one for each outbox, alive while there is something to send.
 
-Three threads share the work, so that none waits for another: the points lane sends params, tags
-and points in order, the files lane sends checkpoints and pictures, and the heartbeats tell the
-server that the run is alive, renew the right to send for it, and fetch what a person asked for.
-A checkpoint's pointer joins the lanes: it is sent when its file is verified on the server and all
-points appended before it are acknowledged.
+Four threads share the work, so that none waits for another: the points lane sends params, tags
+and points in order, the files lane sends checkpoints and artifacts, the pictures are drawn from the
+histories on the server, and the heartbeats tell the server that the run is alive, renew the right
+to send for it, and fetch what a person asked for. A checkpoint's pointer joins the lanes: it is
+sent when its file is verified on the server and all points appended before it are acknowledged.
 
 Whatever a server answers, short of finding a record invalid, the queue is held and tried again.
 """
@@ -57,6 +57,8 @@ POLL_SECONDS = 0.05
 GATHER_SECONDS = 1.0
 REQUEST_SECONDS = 5.0
 LONGEST_BACK_OFF = 5.0
+DRAWING_REST = 20.0
+"""For so many times as long as its last picture took, nothing is drawn for a run that is trained."""
 
 
 def heartbeat_seconds() -> float:
@@ -126,6 +128,12 @@ class Delivery:
         self._start: dict[str, Any] = {}
         self._files_seen = self.reader.cursor("files")
         self._uploaded: Place | None = None
+        # What a sender before this one has passed it may not have drawn; once more does no harm.
+        passed = self.reader.records("files", Place(self._files_seen.segment, 0))
+        self._pictures = [
+            record for record in passed if record.kind == "picture" and record.end <= self._files_seen
+        ]
+        self.draws_again = 0.0
         self._on_server: set[int] | None = None
         self._points_at_once = POINTS_IN_A_REQUEST
         self._ended = False
@@ -280,7 +288,7 @@ class Delivery:
                 return True
             end = record.end
         else:
-            if batch and record.kind == "points" and not self._is_time():
+            if batch and record.kind in ("points", "picture") and not self._is_time():
                 return False
         if end == self.reader.cursor("points"):
             return False
@@ -350,10 +358,12 @@ class Delivery:
                 if not self._send_checkpoint(record.body, record.end):
                     return False
             elif record.kind == "end":
-                if self.reader.cursor("points") < record.end:
+                if self.reader.cursor("points") < record.end or self._pictures:
                     return False
                 self._send_end(record.body)
             else:
+                if record.kind == "picture":
+                    self._pictures.append(record)
                 self._files_seen = record.end
                 continue
             self.reader.acknowledge("files", record.end)
@@ -431,6 +441,48 @@ class Delivery:
         self.server.set_status(self.view.run_id, body["status"], body["end_time"])
         self.tell(ended=self.folder.name, state=body["tags"][STATE])
 
+    # -- the pictures
+
+    def send_picture(self) -> bool:
+        """Draw and upload the newest of each picture whose points are on the server; whether there was one.
+
+        Raises:
+            ServerError: The server did not give the histories or did not take the file; it is drawn again.
+        """
+        # The files lane may append meanwhile: only what is there now is looked at.
+        points = self.reader.cursor("points")
+        ready = [record for record in self._pictures[:] if record.end <= points]
+        if not ready or (time.monotonic() < self.draws_again and self.reader.is_written()):
+            return False
+        if not self.is_open():
+            return False
+        for picture in {record.body["name"]: record.body for record in ready}.values():
+            self._draw(picture)
+        del self._pictures[: len(ready)]
+        self.tell(trouble="")
+        return True
+
+    def _draw(self, body: dict[str, Any]) -> None:
+        assert self.view is not None
+        run_id = self.view.run_id
+        panels = [{key: self.server.history(run_id, key) for key in keys} for keys in body["panels"]]
+        try:
+            # matplotlib takes most of a second to import, so not before there is a picture.
+            from tracked import plots
+
+            figure = plots.curves(
+                panels, title=self.view.name, best_step=body["best_step"], attempts=body["attempts"]
+            )
+            image = plots.png(figure)
+        except Exception as error:  # noqa: BLE001 - whatever drawing raises, it would raise again
+            self._reject("picture", body["name"], error)
+            return
+        directory, _, name = body["name"].rpartition("/")
+        path = self.folder / "pictures" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(image)
+        self._send_artifact({"file": f"pictures/{name}", "directory": directory})
+
     # -- the end of a journal
 
     def close_if_done(self) -> bool:
@@ -456,9 +508,10 @@ class Delivery:
         return True
 
     def _at_end(self) -> bool:
-        """Whether both lanes have passed the last whole record."""
+        """Whether both lanes have passed the last whole record, and no picture waits."""
         unsent = next(self.reader.records("points"), None)
-        return unsent is None and next(self.reader.records("files", self._files_seen), None) is None
+        unseen = next(self.reader.records("files", self._files_seen), None)
+        return unsent is None and unseen is None and not self._pictures
 
 
 class Sender:
@@ -473,10 +526,11 @@ class Sender:
         self._leaving = threading.Event()
 
     def serve(self) -> None:
-        """Run the three threads until the outbox has been empty for a while."""
+        """Run the four threads until the outbox has been empty for a while."""
         threads = [
             threading.Thread(target=self._work, args=(Delivery.send_points,), name="points", daemon=True),
             threading.Thread(target=self._work, args=(Delivery.send_file,), name="files", daemon=True),
+            threading.Thread(target=self._work, args=(self._send_picture,), name="pictures", daemon=True),
             threading.Thread(target=self._beat, name="heartbeats", daemon=True),
         ]
         for thread in threads:
@@ -538,6 +592,15 @@ class Sender:
                     self._take_note(delivery, error)
             if not moved:
                 self._leaving.wait(POLL_SECONDS)
+
+    def _send_picture(self, delivery: Delivery) -> bool:
+        """Draw what waits there, at a pace that leaves the processors to the trainings, however many there are."""
+        began = time.monotonic()
+        moved = delivery.send_picture()
+        if moved:
+            ended = time.monotonic()
+            delivery.draws_again = ended + DRAWING_REST * (ended - began) * len(self._current())
+        return moved
 
     def _take_note(self, delivery: Delivery, error: Exception) -> None:
         text = error.found if isinstance(error, TrackedError) else str(error)

@@ -1,4 +1,4 @@
-"""One verdict after each evaluation: go on, out of patience, or not a number."""
+"""What an evaluation says of the training: one verdict whether it goes on, and whether it overfits."""
 
 from __future__ import annotations
 
@@ -59,6 +59,72 @@ class Stopping:
             "waited": self.waited,
             "judged_step": self.judged_step,
         }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+@dataclass
+class Overfitting:
+    """Whether the validation loss rises while the training loss falls, evaluation after evaluation.
+
+    It is told when both went on for `window` evaluations, and taken back when validation improves on its best.
+
+    Args:
+        window: Evaluations in a row that decide.
+    """
+
+    window: int = 3
+    said: str = ""
+    overfits: bool = False
+    rises: int = 0
+    since: int = 0
+    best: float = math.inf
+    last_step: int = -1
+    last_train: float = math.nan
+    last_val: float = math.nan
+    total: Any = 0.0
+    count: int = 0
+
+    def add(self, loss: Any) -> None:
+        """Take the training loss of a step: a float or a scalar tensor, which is not read before `judge`."""
+        self.total = self.total + loss
+        self.count += 1
+
+    def judge(self, step: int, key: str, val: float) -> bool:
+        """Take the validation loss of the evaluation at `step`; whether there is something new in `said`.
+
+        Args:
+            step: Completed steps.
+            key: The name that the loss is logged under.
+            val: The loss.
+        """
+        if not self.count:
+            return False  # no step since the last evaluation
+        train = float(self.total) / self.count  # CPU-GPU sync: once in an evaluation, which has its own
+        # A NaN is neither less nor more than anything.
+        rose = val > self.last_val and train < self.last_train
+        if rose and not self.rises:
+            self.since = self.last_step
+        self.rises = self.rises + 1 if rose else 0
+        self.last_step, self.last_train, self.last_val = step, train, val
+        self.total, self.count = 0.0, 0
+        improved, self.best = val < self.best, min(self.best, val)
+        if self.overfits and improved:
+            self.overfits, self.said = False, f"no longer: {key} has a new best at step {step}"
+            return True
+        if not self.overfits and self.rises >= self.window:
+            self.overfits = True
+            self.said = (
+                f"since step {self.since}: {key} rose in {self.window} evaluations in a row "
+                "while train/loss fell"
+            )
+            return True
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "window"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():

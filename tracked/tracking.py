@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tracked.checkpoint import check_loadable
 from tracked.data import Batches, in_groups
 from tracked.errors import LossNotFinite, RunTaken, SpoolError, TrackedError, UsageError
-from tracked.names import EXACT, SETTINGS, STOP_REASON
+from tracked.names import EXACT, OVERFITTING, SETTINGS, STOP_REASON
 from tracked.pipe import Attempt, Pipe, Progress, Retention, shown_params
 from tracked.points import whole
 from tracked.provenance import boot_id, host_name, redact_text
@@ -36,7 +36,7 @@ from tracked.seeding import (
     seeds,
 )
 from tracked.state import Parts
-from tracked.stopping import Stopping
+from tracked.stopping import Overfitting, Stopping
 from tracked.streams import Stream, batches_of
 
 PAUSED_EXIT = 75
@@ -89,6 +89,7 @@ class Run:
         self.step_ended = True
         self.total_steps: int | None = None
         self.stopping = Stopping(settings.mode or "min", settings.patience, settings.min_delta)
+        self.overfitting = Overfitting()
         self.progress = progress or Progress()
         self.last_state = "running"
         self.undelivered = 0
@@ -444,6 +445,31 @@ class Run:
         directory = "" if str(where.parent) == "." else where.parent.as_posix()
         self._pipe.add_file(where.name, directory, write)
 
+    def draw_curves(self, *panels: Sequence[str], name: str = "plots/curves.png") -> None:
+        """Have the curves of these metrics drawn, with the best step and the gap, beside the training.
+
+        The sender draws them from what stands on the server, so the picture shows all attempts of the run.
+        Of several pictures of a name the newest is drawn: at the end of the run for certain, before that as
+        often as costs nearly nothing.
+
+        Args:
+            panels: The keys of each panel, from above; `["train/loss", "val/loss"]` shows the gap between them.
+            name: A path among the run's artifacts that ends in `.png`.
+        """
+        best = None if self.stopping.best is None else self.stopping.best_step
+        attempts = self._attempt.about.get("resumed_at", [])
+        self._pipe.draw(
+            name, {"panels": [[*keys] for keys in panels], "best_step": best, "attempts": attempts}
+        )
+
+    def judge_overfitting(self, key: str, val: float) -> None:
+        """Take the validation loss of an evaluation; what there is to say of it becomes the run's tag.
+
+        The training losses since the evaluation before are those given to `overfitting.add`.
+        """
+        if self.overfitting.judge(self.step, key, val):
+            self.set_tags({OVERFITTING: self.overfitting.said})
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
         self._pipe.append("tags", dict(tags))
@@ -569,6 +595,8 @@ class Run:
             self._compare_environment(self._restored)
             restore_determinism(self._restored["determinism"])
             restore_generators(self._restored["generators"])
+            if self.overfitting.said:
+                self.record({OVERFITTING: self.overfitting.said})  # which a run forked from there has not
             self._heed_patience()  # it may have been killed between the last step and its end
             self._restored = None  # as large as the model and the optimizer
             if self._attempt.restored is not None:
@@ -667,6 +695,7 @@ class Run:
             "state": self.state,
             "source": None if self._source is None else self._source.state,
             "stopping": self.stopping.state_dict(),
+            "overfitting": self.overfitting.state_dict(),
             "checkpoints": self._kept(),
             "data": self._data,
             "params": self._attempt.params,
@@ -691,6 +720,9 @@ class Run:
         self._epoch_start, self._accumulate = self.step - state["batch"], 1  # until the loop says how many
         self.state = dict(state["state"])
         self.stopping.load_state_dict(state["stopping"])
+        self.overfitting.load_state_dict(state.get("overfitting", {}))
+        resumed_at = {*state["about"].get("resumed_at", []), self.step}
+        self._attempt.about = {**state["about"], "resumed_at": sorted(resumed_at)}
         self._points.load_state_dict(state["points"])
         value = self.stopping.best if self.stopping.best_step == self.step else None
         self._pipe.retention.entries = [*state["checkpoints"], {"step": self.step, "value": value}]
