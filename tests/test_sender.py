@@ -563,6 +563,9 @@ def test_a_server_that_is_down_at_the_start_costs_nothing_but_a_sync(
         assert result.json["state"] == "finished"
         assert "python -m tracked.run sync" in result.stderr
         own_server.start()
+        elsewhere = nursery.run(workplace, "sync", "--tracking-uri", "http://127.0.0.1:9", "--json")
+        assert elsewhere.json == {"undelivered": 0}
+        assert "nothing waits in the spool" in elsewhere.stderr
         assert nursery.run(workplace, "sync", "--json").json == {"undelivered": 0}
         found = assert_whole(own_server.uri, only_run(own_server.uri).info.run_id)
         assert sum(map(len, found.values())) == result.json["undelivered"]
@@ -586,6 +589,7 @@ def test_a_server_killed_in_the_middle_loses_nothing(
         own_server.start()
         result = trainer.wait()
         assert result.returncode == 0, result
+        assert "the server answers again" in result.stderr
         assert_whole(own_server.uri, run_id_of(workplace, handle))
         only_run(own_server.uri)
     finally:

@@ -208,7 +208,7 @@ def find_run(server: Server, word: str) -> RunView:
         )
     raise RunNotFound(
         f"there is no run {word!r} on {server.place}",
-        expected="a run ID, the first characters of one, a local handle, or `last`",
+        expected="a run ID, at least 4 characters of one, a local handle, or `last`",
         try_next="python -m tracked.run list",
     )
 

@@ -291,9 +291,8 @@ def _summary(run: Run) -> list[str]:
     metrics = "  ".join(f"{key} {value:.4g}" for key, value in sorted(run.metrics.items()) if key != "epoch")
     lines = [f"{run.last_state} at step {run.step} (epoch {run.epochs_done})  {metrics}"]
     if run.resumed_from is not None:
-        lines.append(
-            f"resumed from step {run.resumed_from}; {run.replayed_equal} recomputed points were equal"
-        )
+        proof = f"; {run.replayed_equal} recomputed points were equal" if run.replayed_equal else ""
+        lines.append(f"resumed from step {run.resumed_from}{proof}")
     if run.last_state == "paused":
         lines.append(f"to go on: python -m tracked.run resume {run.id}")
     return lines
@@ -563,10 +562,11 @@ def export(
 @_as_json
 @_where
 def sync(timeout: float, tracking_uri: str | None, spool_dir: str | None, *, as_json: bool) -> None:
-    """Deliver what the spool still holds."""
+    """Deliver what the spool still holds, for all servers or for the one that --tracking-uri names."""
     from tracked import upkeep
 
-    left = upkeep.sync(_place(tracking_uri, spool_dir), timeout, _note)
+    place = _place(tracking_uri, spool_dir)
+    left = upkeep.sync(place, timeout, _note, everywhere=tracking_uri is None)
     if as_json:
         click.echo(json.dumps({"undelivered": left}))
     sys.exit(UNDELIVERED if left else FINISHED)

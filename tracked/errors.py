@@ -68,7 +68,7 @@ class RunTaken(UsageError):
     """Another process holds the run, or has taken it over."""
 
 
-class RunNotFound(TrackedError):
+class RunNotFound(UsageError):
     """No run goes by that ID, prefix or handle."""
 
 

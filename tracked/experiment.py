@@ -257,6 +257,10 @@ def load(path: str | Path) -> Experiment:
     import hashlib
 
     file = _existing(Path(path))
+    if file.suffix != ".py":
+        raise ExperimentError(
+            f"{str(path)!r} is no Python file", expected="an experiment file, EXPERIMENT.py"
+        )
     source = file.read_bytes()
     try:
         # inheriting would switch on this module's own __future__ imports in the user's file

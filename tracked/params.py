@@ -291,7 +291,7 @@ def _known(leaves: Mapping[str, Any], names: Iterable[str]) -> None:
         raise ParamError(
             f"there is no param {name!r}",
             expected=f"one of {', '.join(leaves)}" if leaves else "none: this experiment has no params",
-            try_next=" or ".join(near),
+            try_next=" or ".join(f"{leaf}=…" for leaf in near),
         )
 
 

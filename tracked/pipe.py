@@ -156,6 +156,7 @@ class Pipe:
         self._appended = 0
         self._files = 0
         self._told: set[str] = set()
+        self._trouble = ""
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self.flush()
@@ -272,7 +273,11 @@ class Pipe:
         if said.get("run_id") and "id" not in self._told:
             self._told.add("id")
             self._progress.identify(said["run_id"], said.get("url", ""))
-        if trouble := said.get("trouble"):
+        trouble, self._trouble = self._trouble, str(said.get("trouble", ""))
+        if trouble and not self._trouble:
+            self._told.discard(f"trouble {trouble}")  # it may come again
+            self._progress.say("the server answers again: what waited is being delivered")
+        if trouble := self._trouble:
             self._tell_once(
                 f"trouble {trouble}",
                 f"nothing is delivered at the moment: {trouble}\n"

@@ -48,7 +48,7 @@ class Bar(Progress):
                 self.warn(f"{self._run_id_file} cannot be written: {error.strerror}")
 
     def update(self, run: Run) -> None:
-        if not self._show or run.total_steps is None:
+        if not self._show or (run.total_steps is None and run.step == 0):
             return
         if self._bar is None:
             self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", dynamic_ncols=True)

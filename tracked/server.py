@@ -677,7 +677,8 @@ class _Http:
 
     def _refused(self, response: requests.Response) -> ServerRefused:
         status = response.status_code
-        said = self.scrub(f"{status} {_first_words(response.text)}".strip())
+        words = _first_words(response.text).removeprefix(str(status)).strip()
+        said = self.scrub(f"{status} {words}".strip())
         if status in (401, 403):
             return ServerRefused(
                 f"{self.host} refused access: {said}",
@@ -746,7 +747,9 @@ def _reason(error: requests.RequestException) -> str:
 
 
 def _first_words(text: str) -> str:
-    plain = " ".join(re.sub(r"<[^>]*>", " ", text).split())
+    # Of a page in HTML its title says enough.
+    title = re.search(r"<title[^>]*>(.*?)</title>", text, re.DOTALL | re.IGNORECASE)
+    plain = " ".join(re.sub(r"<[^>]*>", " ", title[1] if title else text).split())
     return plain if len(plain) <= 160 else f"{plain[:160]}…"
 
 

@@ -335,6 +335,8 @@ class Run:
         self._epoch_end = self._epoch_start + self._steps_in_epoch
         self._source = batches
         self._begin({**batches.facts, "accumulate": accumulate})
+        if self._is_complete and self.resumed_from is not None:
+            self.progress.say(f"nothing is left to do: the run is complete at step {self.step}")
         draws, step_seeds = batches.draws, self._step_seeds
         while not self._is_complete:
             before = self.step
@@ -583,7 +585,7 @@ class Run:
             make_deterministic()
         if self._restored is None:
             loop = {**asdict(self.settings), **self._facts}
-            self._pipe.append("params", {f"loop.{name}": str(value) for name, value in loop.items()})
+            self._pipe.append("params", {f"loop.{name}": _as_text(value) for name, value in loop.items()})
             seed_generators(derive(self.settings.seed, "loop"))
             source = self._source.probe() if self._source is not None else None
             check_loadable({"state": self.state, "source": source})
@@ -770,6 +772,10 @@ class Run:
     def trouble(self) -> str:
         """Why nothing is being delivered at the moment; empty if it is."""
         return str(self._attempt.said().get("trouble", ""))
+
+
+def _as_text(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def host_and_process() -> str:

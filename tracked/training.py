@@ -199,7 +199,8 @@ def resume(word: str, request: Request) -> Run:
 
     def prepare(view: RunView) -> None:
         """What can fail without the run is tried before it is claimed."""
-        _check_work_left(view, request.settings)
+        if not request.overrides:
+            _check_work_left(view, request.settings)
         recorded = json.loads(view.tags.get(EXPERIMENT_FILE, "{}"))
         if not recorded and request.file is None:
             script = Path(view.tags.get("mlflow.source.name") or "SCRIPT.py").name
@@ -211,6 +212,7 @@ def resume(word: str, request: Request) -> Run:
         path, warnings = experiments.locate(recorded, file=request.file, cwd=Path.cwd(), run_id=view.run_id)
         experiment = experiments.load(path)
         params.parse(experiment.params_class, request.overrides)
+        _check_work_left(view, request.settings)
         found.append((experiment, warnings))
 
     attempt, view = take_over(request.place, word, request.progress.say, before_claim=prepare)
@@ -231,7 +233,7 @@ def resume(word: str, request: Request) -> Run:
         raise
     attempt.params, attempt.overridden = params.flatten(new), bool(override["params"])
     run = request.run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
-    run.progress.say(f"run {run.id} goes on from step {run.step} (epoch {run.epoch})  {run.url}".rstrip())
+    run.progress.say(f"run {run.id} goes on from step {run.step}, in epoch {run.epoch}  {run.url}".rstrip())
     if changes := _changed(override):
         run.progress.say(f"with {', '.join(f'{name}={_shown(pair)}' for name, pair in changes.items())}")
     if _changed(override) or _changed(standing):

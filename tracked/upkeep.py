@@ -44,18 +44,19 @@ _COMPLETE = ("finished", "stopped_early")
 # -- sync
 
 
-def sync(place: Place, timeout: float, say: Say) -> int:
-    """Deliver what this host's spool holds, for whichever server, earlier boots included.
+def sync(place: Place, timeout: float, say: Say, *, everywhere: bool = True) -> int:
+    """Deliver what this host's spool holds, earlier boots included.
 
     Args:
         place: Names the spool; its address is used, with its password, for the outbox that it belongs to.
         timeout: Seconds to wait.
         say: Told what was delivered, discarded and rejected, and what is in the way.
+        everywhere: For whichever server; False: only for that of `place`.
 
     Returns:
         Points and other records that are still there; those of a run that is being trained do not count.
     """
-    waiting = _waiting(place, say)
+    waiting = _waiting(place, say, everywhere=everywhere)
     if not waiting:
         say("nothing waits in the spool")
         return 0
@@ -75,7 +76,10 @@ def sync(place: Place, timeout: float, say: Say) -> int:
     for each in waiting:
         # One whose sender stands before its very end still has something to say: that the run is over.
         count = max(1, waiting_in(each.journal))
-        say(f"run {_name(each.run)}: {count} records are not delivered{_because(each.run)}")
+        say(
+            f"run {_name(each.run)}: {count} records are not delivered{_because(each.run)}\n"
+            f"  they are kept in {each.run.path}; to give them up, delete that folder"
+        )
         left += count
     return left
 
@@ -121,11 +125,13 @@ class _Waiting:
         return not self.journal.exists()
 
 
-def _waiting(place: Place, say: Say) -> list[_Waiting]:
+def _waiting(place: Place, say: Say, *, everywhere: bool) -> list[_Waiting]:
     found = []
     for outbox in spool.outboxes(place.spool):
         # The spool keeps no password; the address that was typed may have one.
         typed = outbox.tracking_uri == redact(place.tracking_uri)
+        if not typed and not everywhere:
+            continue
         uri = place.tracking_uri if typed else outbox.tracking_uri
         for run in outbox.runs():
             if is_trained(run):
