@@ -23,7 +23,7 @@ spool
 journal archive
 server seeding points state
 data sender freezing
-streams place checkpoint experiment
+streams groups place checkpoint experiment
 pipe
 tracking progress
 attempts loop inspection
@@ -42,7 +42,7 @@ ALLOWED = {
     "tqdm": {"progress"},
     "torch": {
         *("seeding", "points", "state", "data", "streams", "checkpoint", "tracking", "loop", "training"),
-        *("freezing", "finetune", "deferred_compiler", "tensors", "export"),
+        *("freezing", "groups", "finetune", "deferred_compiler", "tensors", "export"),
     },
     "safetensors": {"export"},
 }

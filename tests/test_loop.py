@@ -64,28 +64,51 @@ def test_the_loop_computes_what_one_by_hand_does(accumulate: int, tmp_path: Path
         while remaining:
             window, remaining = remaining[:accumulate], remaining[accumulate:]
             step += 1
-            samples = sum(len(inputs) for inputs, _ in window)
+            shares = [len(inputs) / len(window[0][0]) for inputs, _ in window]
             parts = []
-            for inputs, targets in window:
-                loss = nn.functional.mse_loss(model(inputs), targets)
-                part = loss * (len(inputs) / samples) if len(window) > 1 else loss
-                part.backward()
-                parts.append(part.detach())
+            for (inputs, targets), share in zip(window, shares, strict=True):
+                loss = nn.functional.mse_loss(model(inputs), targets) * share
+                loss.backward()
+                parts.append(loss.detach())
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad /= sum(shares)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
             optimizer.zero_grad()
-            losses[step] = float(torch.stack(parts).sum()) if len(parts) > 1 else float(parts[0])
+            losses[step] = float(torch.stack(parts).sum() / sum(shares))
     assert values(found, "train/loss") == losses
     assert all(map(torch.equal, weights(found), model.state_dict().values()))
 
 
-def test_a_window_of_equal_batches_is_one_large_batch(tmp_path: Path) -> None:
-    model = nn.Linear(3, 1)
-    small = fitted(tmp_path, model=model, batch_size=2, accumulate=11, loader={"shuffle": False})
-    large = nn.Linear(3, 1)
-    whole = fitted(tmp_path, model=large, batch_size=22, loader={"shuffle": False})
-    del model, large
-    assert len(values(small, "train/loss")) == len(values(whole, "train/loss")) == 2
+def masked(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """A mean over some of the samples, as over the tokens of a text that are no padding."""
+    inputs, targets = batch
+    counts = inputs[:, 0] > -0.5
+    return nn.functional.mse_loss(model(inputs)[counts], targets[counts]), counts.sum()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "own", [{}, {"step": masked, "loss": None}], ids=["by samples", "by a weight of one's own"]
+)
+def test_a_window_of_batches_is_one_large_batch(own: dict[str, Any], precision: str, tmp_path: Path) -> None:
+    def trained(batch_size: int, accumulate: int) -> Trained:
+        def built() -> tracked.Task:
+            model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+            changes = {"batch_size": batch_size, "accumulate": accumulate, "precision": precision}
+            return task(model=model, clip_norm=0.1, **changes, **own)
+
+        return train(tmp_path, fitting(built), SETTINGS)
+
+    # Windows of 12 and of 10 samples, the last one of them short: 4, 4 and 2.
+    small, whole = trained(4, 3), trained(12, 1)
+    close = {"rtol": 1e-4, "atol": 1e-6} if precision == "fp32" else {"rtol": 1e-2, "atol": 1e-3}
+    for a, b in zip(weights(small), weights(whole), strict=True):
+        torch.testing.assert_close(a, b, **close)  # type: ignore[arg-type]
+    losses, expected = values(small, "train/loss"), values(whole, "train/loss")
+    assert losses == pytest.approx(expected, rel=close["rtol"])
+    assert len(losses) == 4
 
 
 def test_metrics_are_means_over_samples_whatever_the_last_batch(tmp_path: Path) -> None:
@@ -300,3 +323,30 @@ def test_a_signal_pauses_a_training_whose_terminal_is_gone(tmp_path: Path) -> No
         assert run.step == 1
     for each in (writer, errors):
         os.close(each)
+
+
+def test_an_evaluation_that_never_comes_is_told_before_the_first_step(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, eval_every="3 epochs", patience=2)
+    with pytest.raises(UsageError, match="every 3 epochs, and the training has 2 epochs"):
+        fitted(tmp_path, settings)
+    with pytest.raises(UsageError, match="every 13 steps, and the training has 12 steps"):
+        fitted(tmp_path, replace(settings, eval_every="13 steps"))
+    assert fitted(tmp_path, replace(settings, patience=None)).run.step == 12
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda: {"scheduler": torch.optim.lr_scheduler.StepLR(task().optimizer, 1)}, "this very optimizer"),
+        (lambda: {"step": masked, "metrics": {"error": nn.functional.l1_loss}}, "no outputs to measure"),
+    ],
+    ids=["a scheduler of another optimizer", "metrics of a step"],
+)
+def test_what_does_not_go_together_is_refused(wrong: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        task(**wrong())
+
+
+def test_a_precision_that_the_device_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="precision is 'fp16', which the device meta does not have"):
+        fitted(tmp_path, replace(SETTINGS, device="meta"), precision="fp16")

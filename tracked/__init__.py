@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from tracked import finetune
     from tracked.errors import TrackedError
     from tracked.experiment import Task
+    from tracked.groups import param_groups
     from tracked.tracking import Paused, Run
     from tracked.training import fit, start
     from tracked.training import resume_run as resume
 
 __version__ = "0.1.0"
-__all__ = ["Paused", "Run", "Task", "TrackedError", "finetune", "fit", "resume", "start"]
+__all__ = ["Paused", "Run", "Task", "TrackedError", "finetune", "fit", "param_groups", "resume", "start"]
 
 _HOMES = {
     "Paused": ("tracked.tracking", "Paused"),
@@ -25,6 +26,7 @@ _HOMES = {
     "Task": ("tracked.experiment", "Task"),
     "TrackedError": ("tracked.errors", "TrackedError"),
     "fit": ("tracked.training", "fit"),
+    "param_groups": ("tracked.groups", "param_groups"),
     "resume": ("tracked.training", "resume_run"),
     "start": ("tracked.training", "start"),
 }

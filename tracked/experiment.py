@@ -96,6 +96,13 @@ class Task:
         _need(sound, "optimizer", optimizer, "an optimizer, such as torch.optim.AdamW(model.parameters())")
         sound = scheduler is None or (hasattr(scheduler, "state_dict") and not isinstance(scheduler, type))
         _need(sound, "scheduler", scheduler, "an object with step() and state_dict(), or None")
+        driven = getattr(scheduler, "optimizer", optimizer)
+        _need(driven is optimizer, "scheduler", scheduler, "a scheduler of this very optimizer")
+        if self.step is not None and self.metrics and self.evaluate is None:
+            raise UsageError(
+                "Task: metrics are given beside step, which returns no outputs to measure",
+                expected="evaluate(model, loader) -> dict, or loss and forward instead of step",
+            )
         if self.loss is None and self.step is None:
             raise UsageError(
                 "Task: neither loss nor step is given",

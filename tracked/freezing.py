@@ -31,7 +31,7 @@ def freeze(model: nn.Module, *patterns: str) -> None:
     Raises:
         UsageError: No pattern, or one that no parameter goes by.
     """
-    for parameter in _matching(model, patterns).values():
+    for parameter in matching(model, patterns).values():
         parameter.requires_grad_(False)
         parameter.grad = None  # else an optimizer would go on applying the last one
 
@@ -41,7 +41,7 @@ def unfreeze(model: nn.Module, *patterns: str) -> None:
 
     An optimizer has to hold them from the start: see `trainable`.
     """
-    for parameter in _matching(model, patterns).values():
+    for parameter in matching(model, patterns).values():
         parameter.requires_grad_(True)
 
 
@@ -57,7 +57,7 @@ def trainable(model: nn.Module, also: Patterns | Schedule = ()) -> list[nn.Param
     """
     groups = list(also.values()) if isinstance(also, Mapping) else [also]
     patterns = [each for group in groups for each in _listed(group)]
-    later = {id(each) for each in _matching(model, patterns).values()} if patterns else set()
+    later = {id(each) for each in matching(model, patterns).values()} if patterns else set()
     found = [each for each in model.parameters() if each.requires_grad or id(each) in later]
     if not found:
         raise _all_frozen("every parameter of the model is frozen")
@@ -106,7 +106,7 @@ def check_schedule(model: nn.Module, optimizer: torch.optim.Optimizer, schedule:
     held = _held(optimizer)
     frozen = {id(each) for each in model.parameters() if not each.requires_grad}
     for epoch in sorted(schedule):
-        due = _matching(model, _listed(schedule[epoch]))
+        due = matching(model, _listed(schedule[epoch]))
         thawed = {name: each for name, each in due.items() if id(each) in frozen}
         if not thawed:
             raise UsageError(
@@ -152,7 +152,7 @@ def check_trains(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+def matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
     """The parameters that the patterns mean, each pattern at least one, by name (tied ones by all of theirs)."""
     if not patterns:
         raise UsageError("no pattern is given", expected='dotted names, such as "backbone" or "layer4.*"')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from tracked.errors import SpoolError, UsageError
 from tracked.experiment import Task
 from tracked.freezing import check_schedule, check_trains, table, train_mode, unfreeze_until
 from tracked.points import scalar
-from tracked.schedule import Due
+from tracked.schedule import Due, Interval, Settings
 from tracked.seeding import derive, preserved_generators, seed_generators
 from tracked.streams import Stream, batches_of
 from tracked.tracking import Run, not_finite
@@ -39,6 +40,7 @@ def fit(task: Task, run: Run) -> None:
     """
     settings = run.settings
     device = choose_device(settings.device)
+    _check_precision(task.precision, device)
     task.model.to(device)
     check_schedule(task.model, task.optimizer, task.unfreeze)
     unfreeze_until(run.epoch, task.model, task.unfreeze)
@@ -76,6 +78,8 @@ def fit(task: Task, run: Run) -> None:
     )
     begun = 0
     for window in windows:
+        if not begun and task.val_data is not None:
+            _check_evaluated(settings, run)
         if run.epoch != begun:
             _begin_epoch(task, run, first=not begun)
             begun = run.epoch
@@ -133,30 +137,40 @@ def _tell_of_overfitting(metrics: Mapping[str, float], run: Run) -> None:
 def train_step(
     task: Task, scaler: torch.amp.GradScaler, window: Sequence[Any], device: torch.device, run: Run
 ) -> torch.Tensor:
-    """One step over an accumulation window; its loss, weighted by samples: a detached scalar.
+    """One step over an accumulation window, as on one batch of all of it; its mean loss: a detached scalar.
+
+    The weight of a batch is the number of its samples, or what `task.step` says, such as its tokens.
 
     Raises:
         LossNotFinite: The loss is NaN or infinite (on CUDA found a moment later, by the run itself).
     """
     if not task.model.training:  # a step of one's own has left it in eval mode
         train_mode(task.model)
-    samples = [size(batch) for batch in window] if len(window) > 1 else [1]
-    losses = []
-    for batch, count in zip(window, samples, strict=True):
+    parts, shares = [], []
+    first: Any = None
+    for batch in window:
         with _autocast(task.precision, device):
-            loss = _loss(task, batch)
-        part = loss * (count / sum(samples)) if len(window) > 1 else loss
-        if device.type == "cpu" and not math.isfinite(part.item()):
-            raise not_finite(run.step, part.item())
-        scaler.scale(part).backward()
-        losses.append(part.detach())
+            loss, weight = _loss(task, batch)
+        if len(window) > 1:
+            # Relative to the first, so that a half precision has room for them.
+            first = weight if first is None else first
+            shares.append(weight / first)
+            loss = loss * shares[-1]
+        if device.type == "cpu" and not math.isfinite(loss.item()):
+            raise not_finite(run.step, loss.item())
+        scaler.scale(loss).backward()
+        parts.append(loss.detach())
+    if len(window) > 1:
+        # What the window weighs in all is known only now.
+        gradients = [each.grad for each in task.model.parameters() if each.grad is not None]
+        torch._foreach_div_(gradients, sum(shares))
     if task.clip_norm is not None:
         scaler.unscale_(task.optimizer)
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), task.clip_norm)
     scaler.step(task.optimizer)
     scaler.update()
     task.optimizer.zero_grad()
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum() / sum(shares)
 
 
 @torch.no_grad()
@@ -225,21 +239,20 @@ def _measure(task: Task, loader: Iterator[Any], device: torch.device) -> dict[st
 
 def _judge(task: Task, batch: Any) -> tuple[dict[str, Any], Any, Any, Any]:
     if task.step is not None:
-        result = task.step(task.model, batch)
-        loss, weight = result if isinstance(result, tuple) else (result, size(batch))
+        loss, weight = _loss(task, batch)
         return {"loss": loss}, weight, None, None
     outputs, targets = _forward(task, batch)
     assert task.loss is not None
     return {"loss": task.loss(outputs, targets)}, size(batch), outputs, targets
 
 
-def _loss(task: Task, batch: Any) -> torch.Tensor:
+def _loss(task: Task, batch: Any) -> tuple[torch.Tensor, Any]:
+    """The mean loss of a batch, and what it weighs."""
     if task.step is not None:
         result = task.step(task.model, batch)
-        loss: torch.Tensor = result[0] if isinstance(result, tuple) else result
-        return loss
+        return result if isinstance(result, tuple) else (result, size(batch))
     assert task.loss is not None
-    return task.loss(*_forward(task, batch))
+    return task.loss(*_forward(task, batch)), size(batch)
 
 
 def _forward(task: Task, batch: Any) -> tuple[Any, Any]:
@@ -253,6 +266,40 @@ def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContex
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp32":
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns, and goes on in full precision
+            with _autocast(precision, device):
+                sound = device.type != "cuda" or precision != "bf16" or torch.cuda.is_bf16_supported()
+    except (RuntimeError, UserWarning):
+        sound = False
+    if not sound:
+        raise UsageError(
+            f"precision is {precision!r}, which the device {device} does not have",
+            expected="one that it has",
+            try_next='precision="fp32"',
+        )
+
+
+def _check_evaluated(settings: Settings, run: Run) -> None:
+    """Say before the first step that no evaluation will come.
+
+    Raises:
+        UsageError: Patience waits for one.
+    """
+    every = Interval.parse(settings.eval_every)
+    last = run.total_steps if every.unit == "step" else settings.epochs
+    if last is None or every.every <= last:
+        return
+    found = f"an evaluation is due every {settings.eval_every}, and the training has {last} {every.unit}s"
+    if settings.patience is not None:
+        raise UsageError(found, expected="a shorter interval", try_next=f'--eval-every "1 {every.unit}"')
+    run.progress.warn(f"{found}: none will come")
 
 
 def _advance(scheduler: Any, run: Run) -> None:
@@ -281,11 +328,12 @@ def _stateful_metrics(task: Task) -> dict[str, Any]:
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """`lr`, or one `lr/<group>` for each parameter group when they differ."""
+    """`lr`, or one `lr/<group>` for each parameter group when they differ: by its `name`, else its number."""
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     if all(rate == rates[0] for rate in rates):
         return {"lr": rates[0]}
-    return {f"lr/{number}": rate for number, rate in enumerate(rates)}
+    names = [str(group.get("name", number)) for number, group in enumerate(optimizer.param_groups)]
+    return {f"lr/{name}": rate for name, rate in zip(names, rates, strict=True)}
 
 
 def choose_device(name: str) -> torch.device:
