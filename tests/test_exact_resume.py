@@ -33,10 +33,11 @@ from tests.trainings import (
     resume,
     train,
 )
-from tracked import checkpoint
+from tracked import checkpoint, loop
 from tracked.errors import StateMismatch
 from tracked.place import Place
 from tracked.schedule import Settings
+from tracked.tracking import Run
 from tracked.training import Request, check, compare_states
 
 # Steps 3, 6 and 9 lie inside epochs of 7 steps, 7 and 14 at their ends.
@@ -170,11 +171,32 @@ def test_patience_counts_on_across_a_resume(tmp_path: Path) -> None:
     stopping = straight.run.stopping
     for step in [step for step in straight.steps if 0 < step < straight.run.step]:
         state = straight.state(step)
-        resumed = train(tmp_path, tiny_body(), PATIENT, state)
+        resumed = train(tmp_path, tiny_body(), PATIENT, state, straight)
         assert differences(straight, resumed, step) == []
         assert resumed.run.last_state == "stopped_early"
         assert resumed.run.stopping == stopping
     assert any(straight.state(step)["stopping"]["waited"] for step in straight.steps[:-1])
+
+
+def test_a_training_out_of_patience_ends_with_its_best_weights(tmp_path: Path) -> None:
+    settings = Settings(
+        epochs=20, eval_every="3 steps", patience=3, min_delta=1e6, keep_last=100, device="cpu"
+    )
+    model: list[torch.nn.Module] = []
+
+    def body(run: Run) -> None:
+        task = tiny.build(tiny.Params(noise="none"))
+        model[:] = [task.model]
+        loop.fit(task, run)
+
+    trained = train(tmp_path, body, settings)
+    best = trained.state(trained.run.stopping.best_step)
+    assert trained.run.stopping.best_step < trained.run.step
+    assert compare_states(dict(model[0].state_dict()), best["model_state_dict"])[1] == []
+    assert compare_states(trained.last["model_state_dict"], best["model_state_dict"])[1]
+    values = {(key, step): float(value) for key, step, value in trained.points}
+    assert values["best/val/loss", trained.run.step] == values["val/loss", best["step"]]
+    assert values["best/val/loss", trained.run.step] != values["val/loss", trained.run.step]
 
 
 def test_a_checkpoint_that_the_clock_asked_for_is_as_exact(tmp_path: Path) -> None:

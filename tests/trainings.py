@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,11 +74,20 @@ def fitting(task: Callable[[], Task]) -> Body:
     return body
 
 
-def train(root: Path, body: Body, settings: Settings, restored: State | None = None) -> Trained:
-    """One attempt at a run, fresh or from `restored`."""
+def train(
+    root: Path,
+    body: Body,
+    settings: Settings,
+    restored: State | None = None,
+    earlier: Trained | None = None,
+) -> Trained:
+    """One attempt at a run, fresh or from `restored`, with the best checkpoint of an `earlier` one at hand."""
     scatter_generators()
     attempt = rehearse(root / uuid.uuid4().hex, {}, restored)
     folder = attempt.folder
+    if restored is not None and earlier is not None:
+        best = names.folder_name(restored["stopping"]["best_step"])
+        shutil.copytree(earlier.checkpoints / best, folder.checkpoints / best)
     with _EveryCheckpoint(attempt, settings) as run:
         body(run)
     points = [

@@ -26,6 +26,7 @@ from tracked.errors import (
     RunNotFound,
     RunNotResumable,
     RunTaken,
+    ServerError,
     ServerUnavailable,
 )
 from tracked.names import (
@@ -160,6 +161,8 @@ def take_over(
         # From here on nobody else adds points, so what stands there now is all there will be.
         seen, view = view, ask(lambda: server.get_run(view.run_id))
         state = ask(lambda: restore(server, view, folder, say))
+        if state["settings"].get("patience"):
+            _fetch_best(server, view, folder, state["stopping"]["best_step"], say)
         replay = ask(lambda: _beyond(server, view, state["points"]["last"]))
     except BaseException:
         lock.release()
@@ -344,6 +347,17 @@ def restore(
         expected="one file whose SHA-256 is the recorded one",
         try_next=f"python -m tracked.run verify {view.run_id}",
     )
+
+
+def _fetch_best(server: Server, view: RunView, folder: RunFolder, step: int, say: Say) -> None:
+    """Have the best checkpoint here, whose weights are restored when patience is out."""
+    path = folder.checkpoints / folder_name(step) / FILE
+    if step == 0 or path.exists():
+        return
+    try:
+        restore(server, view, folder, say, step=step)
+    except (CheckpointError, ServerError) as error:
+        say(f"the best checkpoint, of step {step}, cannot be fetched: {error.found}")
 
 
 def _no_checkpoint(view: RunView) -> RunNotResumable:

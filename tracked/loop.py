@@ -19,6 +19,7 @@ from tracked.freezing import check_schedule, check_trains, table, train_mode, un
 from tracked.points import scalar
 from tracked.schedule import Due, Interval, Settings
 from tracked.seeding import derive, preserved_generators, seed_generators
+from tracked.state import uncompiled
 from tracked.streams import Stream, batches_of
 from tracked.tracking import Run, not_finite
 
@@ -98,10 +99,14 @@ def fit(task: Task, run: Run) -> None:
             _check_monitored(metrics, settings.monitor)
             run.log(metrics)
             _tell_of_overfitting(metrics, run)
+            if run.stopping.is_out_of_patience:
+                run.log(_evaluate_best(task, device, run))
         if run.epoch_ended:
             run.log({"epoch": run.epoch})
             if task.scheduler is not None and task.scheduler_interval == "epoch":
                 _advance(task.scheduler, run)
+    if run.stopping.is_out_of_patience and (best := run.best_state()):
+        uncompiled(task.model).load_state_dict(best["model_state_dict"])
 
 
 def _begin_epoch(task: Task, run: Run, *, first: bool) -> None:
@@ -178,6 +183,19 @@ def evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
     """The metrics of every validation set by their logged names; modes and generators are left as they were."""
     with preserved_generators():
         return _evaluate(task, device, run)
+
+
+def _evaluate_best(task: Task, device: torch.device, run: Run) -> dict[str, float]:
+    """The metrics of the best weights as `best/…`; the model is left as it was, for the last checkpoint."""
+    best, model = run.best_state(), uncompiled(task.model)
+    if best is None:
+        return {}
+    last = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(best["model_state_dict"])
+    try:
+        return {f"best/{key}": value for key, value in evaluate(task, device, run).items()}
+    finally:
+        model.load_state_dict(last)
 
 
 def _evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:

@@ -20,6 +20,7 @@ STATE = "tracked.state"
 CHECKPOINT = "tracked.checkpoint"
 STOP_REASON = "tracked.stop_reason"
 OVERFITTING = "tracked.overfitting"
+BEST = "tracked.best"
 COMMAND = "tracked.command"
 # Tags that MLflow's interface hides.
 HANDLE = "mlflow.tracked.handle"

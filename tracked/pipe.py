@@ -203,6 +203,10 @@ class Pipe:
         folder = self._attempt.folder.checkpoints / folder_name(state["step"])
         return self._writer.take(state, folder, manifest, pinned=pinned, wait=wait)
 
+    def settle(self) -> None:
+        """Wait until every checkpoint that was taken is on the disk."""
+        self._writer.drain()
+
     # -- beside the training
 
     def _work(self, beside: Callable[[dict[str, Any]], None]) -> None:

@@ -15,10 +15,10 @@ from typing import Any, Self
 
 from torch.utils.data import Dataset
 
-from tracked.checkpoint import check_loadable
+from tracked.checkpoint import check_loadable, load
 from tracked.data import Batches, in_groups
-from tracked.errors import LossNotFinite, RunTaken, SpoolError, TrackedError, UsageError
-from tracked.names import EXACT, OVERFITTING, SETTINGS, STOP_REASON
+from tracked.errors import CheckpointError, LossNotFinite, RunTaken, SpoolError, TrackedError, UsageError
+from tracked.names import BEST, EXACT, FILE, MANIFEST, OVERFITTING, SETTINGS, STOP_REASON, folder_name
 from tracked.pipe import Attempt, Pipe, Progress, Retention, shown_params
 from tracked.points import whole
 from tracked.provenance import boot_id, host_name, redact_text
@@ -35,6 +35,7 @@ from tracked.seeding import (
     seed_generators,
     seeds,
 )
+from tracked.spool import read_json
 from tracked.state import Parts
 from tracked.stopping import Overfitting, Stopping
 from tracked.streams import Stream, batches_of
@@ -413,6 +414,16 @@ class Run:
         self._improved = self.settings.keep_best > 0 and self.stopping.best_step == self.step
         self._ask_for_attention()
 
+    def best_state(self) -> dict[str, Any] | None:
+        """What the checkpoint of the best step holds; None, with a warning, where it is not on this machine."""
+        self._pipe.settle()
+        folder = self._attempt.folder.checkpoints / folder_name(self.stopping.best_step)
+        try:
+            return load(folder / FILE, read_json(folder / MANIFEST).get("sha256"))
+        except CheckpointError as error:
+            self.progress.warn(f"the best weights cannot be restored: {error.found}")
+            return None
+
     def _heed_patience(self) -> None:
         if self.stopping.is_out_of_patience:
             self._ends_after_step = (
@@ -512,7 +523,10 @@ class Run:
         self._over = True
         if state == "finished" and self._ends_after_step:
             state, reason = "stopped_early", self._ends_after_step
-        self._pipe.close(state, {STOP_REASON: reason} if reason else {}, self._beside)
+        tags = {STOP_REASON: reason} if reason else {}
+        if self.stopping.best is not None:
+            tags[BEST] = f"{self.settings.monitor} {self.stopping.best:.6g} at step {self.stopping.best_step}"
+        self._pipe.close(state, tags, self._beside)
         self.last_state = state
         self.metrics = self.latest()
         self._attempt.lock.release()
