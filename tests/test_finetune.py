@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tracked
@@ -345,7 +346,7 @@ def test_a_schedule_that_can_never_act_is_no_task(schedule: Any) -> None:
 
 def written(path: Path, content: Any) -> Path:
     if path.suffix == ".safetensors":
-        pytest.importorskip("safetensors.torch").save_file(content, path)
+        save_file(content, path)
     else:
         torch.save(content, path)
     return path

@@ -44,7 +44,7 @@ ALLOWED = {
         *("seeding", "points", "state", "data", "streams", "checkpoint", "tracking", "loop", "training"),
         *("freezing", "groups", "finetune", "deferred_compiler", "tensors", "export"),
     },
-    "safetensors": {"export"},
+    "safetensors": {"export", "finetune"},
 }
 
 

@@ -189,17 +189,17 @@ def test_an_answer_that_is_not_a_verdict_holds_the_queue_is_shown_and_then_all_i
 ) -> None:
     front.answer("runs/log-batch", answer, times=2)
     writing = post.writing()
-    writing.points("loss", 0, 600)
+    writing.points("loss", 0, 1500)  # more than a request holds, so the first goes at once
     with post:
         trouble = wait_until(writing.trouble, "the trouble")
         assert str(answer.status) in trouble or "html" in trouble.lower(), trouble
         # A sender that is refused when nobody writes any more leaves the rest to `sync`.
-        wait_until(lambda: writing.folder.about.get("points") == 600, "the points that were held")
-        writing.points("loss", 600, 700)
+        wait_until(lambda: writing.folder.about.get("points") == 1500, "the points that were held")
+        writing.points("loss", 1500, 1600)
         writing.end()
         writing.delivered()
     run = delivered(post, server_uri)
-    assert curves(server_uri, run.info.run_id) == {"loss": points(700)}
+    assert curves(server_uri, run.info.run_id) == {"loss": points(1600)}
     assert not (writing.folder.path / "rejected.jsonl").exists()
     assert writing.trouble() == ""
 

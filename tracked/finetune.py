@@ -184,7 +184,7 @@ def load_weights(
         tracking_uri: Where the other run stands; else `MLFLOW_TRACKING_URI`, else `sqlite:///mlruns/mlflow.db`.
 
     Raises:
-        UsageError: There is no such file, or the package that reads it is not installed.
+        UsageError: There is no such file.
         CheckpointError: It cannot be read as plain data.
         StateMismatch: Nothing in it fits the model, or not all that has to.
         RunNotFound: There is no such run.
@@ -263,12 +263,12 @@ def _of_file(path: Path) -> dict[str, Any]:
             expected="a torch or safetensors file, or run:RUN_ID",
             try_next=str(path.with_name(near[0])) if near else "",
         )
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
-            return _of_safetensors(path)
+            return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except UsageError:
-        raise
     # A file of another kind makes torch raise what it likes: EOFError, RuntimeError, KeyError, UnicodeError …
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
@@ -282,18 +282,6 @@ def _of_file(path: Path) -> dict[str, Any]:
             f"the file {path} holds a {type(content).__name__}", expected="a dict of tensors by their names"
         )
     return content
-
-
-def _of_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UsageError(
-            f"{path} can be read with the package safetensors, which is not installed",
-            expected="that package, or a torch file",
-            try_next="pip install safetensors",
-        ) from None
-    return dict(load_file(path))
 
 
 def _of_run(source: str, tracking_uri: str | None) -> dict[str, Any]:
