@@ -117,7 +117,8 @@ def test_a_loop_of_ones_own_works_both_ways(folder: Path) -> None:
 
     assert first.rstrip().endswith("finished 24")
     assert "finished at step 16 (epoch 2)" in commands
-    assert "resumed from step 16; " in commands
+    assert "resumed from step 16" in commands
+    assert "nothing is left to do: the run is complete at step 24" in commands
     runs = re.findall(r"^([0-9a-f]{32}) finished 24$", commands, re.MULTILINE)
     assert len(runs) == 2
     assert runs[0] == runs[1], "the resumed script is the same run"
@@ -127,11 +128,12 @@ def test_a_loop_of_ones_own_works_both_ways(folder: Path) -> None:
 def test_the_tables_examples_work_in_their_order(folder: Path, nursery: Nursery) -> None:
     workplace = Workplace(folder, "")
     lines = [shlex.split(text) for text in IN_TABLE.findall(SECTIONS["Commands"])]
-    assert {line[0] for line in lines} == {"train", "resume", "list", "show", "verify", "sync", "gc", "ui"}
+    shown = {"train", "resume", "pause", "list", "show", "export", "verify", "sync", "gc", "ui"}
+    assert {line[0] for line in lines} == shown
 
     for line in lines:
-        # The UI serves until it is interrupted, and has tests of its own.
-        end = ["--help"] if line[0] == "ui" else []
+        # The UI serves until it is interrupted, and a pause needs a training; both have tests of their own.
+        end = ["--help"] if line[0] in ("ui", "pause") else []
         result = nursery.run(workplace, *line, *end)
         assert "Traceback" not in result.stderr, line
 
@@ -139,7 +141,7 @@ def test_the_tables_examples_work_in_their_order(folder: Path, nursery: Nursery)
 def test_every_option_and_variable_that_is_named_exists(folder: Path) -> None:
     helps = "".join(
         execute(folder, sys.executable, "-m", "tracked.run", command, "--help").output
-        for command in ("train", "resume", "sync", "gc", "ui")
+        for command in ("train", "resume", "pause", "show", "export", "sync", "gc", "ui")
     )
     code = "".join(path.read_text() for path in (ROOT / "tracked").glob("*.py"))
 
