@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import checkpoint, overhead, startup
+from benchmarks import checkpoint, loop, overhead, startup
 from benchmarks.measure import failed, machine, table
 
 
@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = f"{machine()}; MLflow server with {options.workers} worker(s)"
     rows = [
         *overhead.measure(options.repeat, options.repeat, options.workers),
+        *loop.measure(options.repeat),
         *checkpoint.measure(options.repeat, checkpoint.STEPS, checkpoint.EVERY, "server", options.workers),
         *startup.measure(options.repeat),
     ]

@@ -350,3 +350,14 @@ def test_what_does_not_go_together_is_refused(wrong: Any, said: str) -> None:
 def test_a_precision_that_the_device_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="precision is 'fp16', which the device meta does not have"):
         fitted(tmp_path, replace(SETTINGS, device="meta"), precision="fp16")
+
+
+def test_patience_in_vain_says_which_metrics_there_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def body(run: Run) -> None:
+        for step in run.steps(3):
+            run.log({"test/los": step})
+
+    train(tmp_path, body, Settings(monitor="test/loss", patience=2))
+    assert "patience waited for 'test/loss', which was never logged: there is test/los" in caplog.text

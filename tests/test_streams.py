@@ -23,9 +23,12 @@ from torch.utils.data import (
 )
 
 from tests.trainings import Body, differing, draw_everywhere, nothing, resume, train
+from tracked.attempts import rehearse
 from tracked.errors import UsageError
+from tracked.journal import Reader
 from tracked.schedule import Settings
 from tracked.streams import Sampled, Stream, batches_of
+from tracked.tracking import Run
 
 SETTINGS = Settings(epochs=3, checkpoint_every=("2 steps", "1 epoch"), keep_last=100, device="cpu")
 SAMPLES = 22
@@ -210,25 +213,16 @@ INEXACT = {
 
 
 @pytest.mark.parametrize("case", INEXACT)
-def test_what_cannot_be_exact_is_said_and_tagged(case: str, tmp_path: Path) -> None:
-    from tracked.attempts import rehearse
-    from tracked.journal import Reader
-    from tracked.pipe import Progress
-    from tracked.tracking import Run
-
-    said: list[str] = []
-
-    class Listening(Progress):
-        def warn(self, text: str) -> None:
-            said.append(text)
-
+def test_what_cannot_be_exact_is_said_and_tagged(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     attempt = rehearse(tmp_path, {})
-    with Run(attempt, SETTINGS, progress=Listening()) as run:
+    with Run(attempt, SETTINGS) as run:
         INEXACT[case](run)
     (journal,) = attempt.folder.journals()
     tags = [record.body for record in Reader(journal, ("points",)).records("points") if record.kind == "tags"]
     assert {"mlflow.tracked.exact": "false"} in tags
-    assert any("state_dict() and load_state_dict()" in text for text in said)
+    assert "state_dict() and load_state_dict()" in caplog.text
 
 
 def test_samples_are_drawn_as_the_sampler_says() -> None:

@@ -639,6 +639,11 @@ class Run:
         if leave is not None and leave[0] == "superseded":
             raise self._taken()
         ends = self._is_complete or leave is not None
+        if ends and self.settings.patience is not None and self.stopping.judged_step < 0:
+            logged = ", ".join(sorted(self.latest())) or "nothing"
+            self.progress.warn(
+                f"patience waited for {self.settings.monitor!r}, which was never logged: there is {logged}"
+            )
         if ends and self._points.must_be_finite:
             self._pipe.flush()  # reads what is still on the device
         if self._points.not_finite is not None:
