@@ -159,8 +159,10 @@ class Writer:
         self._process: subprocess.Popen[bytes] | None = None
         with contextlib.suppress(OSError):  # told of when a checkpoint is to be written
             self._start_process()  # so early that its start falls into no step
-        self._thread: threading.Thread | None = None
         self._closed = False
+        # So early as well: a thread that has just begun keeps the one that began it waiting.
+        self._thread = threading.Thread(target=self._run, name="tracked-checkpoints", daemon=True)
+        self._thread.start()
 
     def take(
         self,
@@ -207,9 +209,6 @@ class Writer:
         snapshot = Snapshot(buffer.getvalue(), layout, slot, folder, dict(manifest), pinned)
         with self._changed:
             self._waiting = snapshot
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="tracked-checkpoints", daemon=True)
-                self._thread.start()
             self._changed.notify_all()
         return True
 
@@ -224,8 +223,7 @@ class Writer:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
         self._stop_process()
         for slot in self._slots:
             slot.free()

@@ -602,7 +602,8 @@ class Run:
             self._pipe.append("params", {f"loop.{name}": _as_text(value) for name, value in loop.items()})
             seed_generators(derive(self.settings.seed, "loop"))
             source = self._source.probe() if self._source is not None else None
-            check_loadable({"state": self.state, "source": source})
+            if self.state or source is not None:
+                check_loadable({"state": self.state, "source": source})
             self._take_checkpoint(wait=True)
         else:
             self._check_data(self._restored, data)
