@@ -21,7 +21,6 @@ from torch import nn
 
 from tracked import experiment as experiments
 from tracked import params
-from tracked.data import Batches
 from tracked.errors import TrackedError, UsageError
 from tracked.experiment import Experiment, Task
 from tracked.inspection import object_in
@@ -30,6 +29,7 @@ from tracked.place import Place
 from tracked.retrieval import Retrieved, retrieve
 from tracked.seeding import derive, preserved_generators, seed_generators
 from tracked.state import Parts
+from tracked.streams import batches_of
 from tracked.tensors import modules
 
 Say = Callable[[str], None]
@@ -353,7 +353,7 @@ def _write_program(task: Task, model: nn.Module, path: Path) -> str:
 def _example(task: Task, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the module is called with for the first batch of the training data, of at least two samples."""
     collate = {key: value for key, value in task.loader.items() if key == "collate_fn"}
-    batches = Batches(
+    batches = batches_of(
         task.train_data,
         batch_size=max(2, task.batch_size),
         seed=0,
