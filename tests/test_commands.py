@@ -33,7 +33,20 @@ from tracked.place import Place
 from tracked.server import RunView, Server
 from tracked.spool import Lock, RunFolder, read_json, write_json
 
-COMMANDS = ["train", "resume", "pause", "stop", "list", "show", "verify", "export", "sync", "gc", "ui"]
+COMMANDS = [
+    "train",
+    "resume",
+    "fork",
+    "pause",
+    "stop",
+    "list",
+    "show",
+    "verify",
+    "export",
+    "sync",
+    "gc",
+    "ui",
+]
 
 
 def place_of(workplace: Workplace) -> Place:

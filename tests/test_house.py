@@ -27,7 +27,9 @@ streams groups place checkpoint experiment
 pipe
 tracking progress
 attempts loop inspection
-training upkeep finetune command retrieval tensors
+retrieval
+forking
+training upkeep finetune command tensors
 export
 cli
 run __main__

@@ -233,6 +233,16 @@ def test_samples_are_drawn_as_the_sampler_says() -> None:
     assert orders[0] == orders[1] != orders[2]
 
 
+def test_a_restored_sampler_stands_where_it_did_before_its_first_batch_too() -> None:
+    before, after = (Sampled(DATA, Stateful(), batch_size=4, seed=0) for _ in range(2))
+    next(iter(before.epoch(0)))
+
+    after.restore(before.state)
+
+    assert before.state is not None
+    assert after.state is before.state
+
+
 class Empty(IterableDataset[int]):
     def __iter__(self) -> Iterator[int]:
         return iter(())

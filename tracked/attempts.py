@@ -321,10 +321,11 @@ def restore(
         raise _no_checkpoint(view)
     candidates = dict(_candidates(server, view, folder, pointer))
     if step is not None and step not in candidates:
+        nearest = min(sorted(candidates), key=lambda at: abs(at - step))
         raise CheckpointError(
             f"run {view.run_id} has no committed checkpoint of step {step}",
             expected=f"one of {', '.join(map(str, sorted(candidates)))}",
-            try_next=f"python -m tracked.run show {view.run_id}",
+            try_next=f"--step {nearest}, which is the nearest",
         )
     reasons = []
     for at in candidates if step is None else [step]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _EXAMPLES = {
     "train": "train experiments/digits.py lr=0.01 --epochs 10",
     "resume": "resume last --epochs 20",
+    "fork": "fork last lr=0.001 --epochs 30",
     "pause": "pause last",
     "stop": "stop last --no-wait",
     "list": "list",
@@ -292,7 +293,8 @@ def _summary(run: Run) -> list[str]:
     lines = [f"{run.last_state} at step {run.step} (epoch {run.epochs_done})  {metrics}"]
     if run.resumed_from is not None:
         proof = f"; {run.replayed_equal} recomputed points were equal" if run.replayed_equal else ""
-        lines.append(f"resumed from step {run.resumed_from}{proof}")
+        began = "forked" if run.attempt == 1 else "resumed"
+        lines.append(f"{began} from step {run.resumed_from}{proof}")
     if run.last_state == "paused":
         lines.append(f"to go on: python -m tracked.run resume {run.id}")
     return lines
@@ -358,26 +360,58 @@ def _check(experiment: Path, overrides: tuple[str, ...], options: dict[str, Any]
 @_how
 def resume(run: str, overrides: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
     """Go on in the same run from its last checkpoint."""
-    if "--" in sys.argv and sys.argv.index("--") < len(sys.argv) - 1:
-        _resume_command(run, sys.argv[sys.argv.index("--") + 1 :], options)
+    if command := _behind_dashes():
+        _run_script(["resume", run], {"TRACKED_RESUME": run}, command, options)
     request = _request(options, overrides)
     from tracked import training
 
     _carry_out(lambda request: training.resume(run, request), request, as_json=as_json)
 
 
-def _resume_command(run: str, command: list[str], options: dict[str, Any]) -> NoReturn:
-    """Run the user's own script, in which `tracked.start` becomes this run."""
-    if settings := _settings(options):
+@main.command(context_settings={"allow_interspersed_args": True})
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[NAME=VALUE]… | -- COMMAND…", type=click.UNPROCESSED)
+@click.option(
+    "--step", type=int, metavar="N", help="From the checkpoint of this step, instead of the last one."
+)
+@click.option("--experiment-name", metavar="NAME", help="MLflow's experiment (default: that of RUN).")
+@click.option("--run-name", metavar="NAME", help="The new run's name in MLflow.")
+@click.option(
+    "--file", type=click.Path(path_type=Path), help="The experiment file, if it lies elsewhere now."
+)
+@_loop
+@_how
+def fork(run: str, overrides: tuple[str, ...], *, step: int | None, as_json: bool, **options: Any) -> None:
+    """Train a new run from a checkpoint of another, history included."""
+    if command := _behind_dashes():
+        line = ["fork", run, *([] if step is None else ["--step", str(step)])]
+        _run_script(line, {"TRACKED_FORK": f"{run}@{'' if step is None else step}"}, command, options)
+    request = _request(options, overrides)
+    from tracked import training
+
+    _carry_out(lambda request: training.fork(run, request, step=step), request, as_json=as_json)
+
+
+def _behind_dashes() -> list[str]:
+    """The words behind `--`: a command; none if there is none."""
+    return sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+
+
+def _run_script(
+    line: list[str], variables: dict[str, str], command: list[str], options: dict[str, Any]
+) -> NoReturn:
+    """Run the user's own script, in which `tracked.start` becomes the run that the variables name."""
+    names = ("experiment_name", "run_name")
+    if given := [*_settings(options), *(name for name in names if options.get(name))]:
         raise UsageError(
-            f"{', '.join(settings)} cannot be given to a script from here",
+            f"{', '.join(given)} cannot be given to a script from here",
             expected="the loop's settings in the script: tracked.start(…, epochs=20)",
-            try_next=f"python -m tracked.run resume {run} -- {shlex.join(command)}",
+            try_next=f"python -m tracked.run {shlex.join(line)} -- {shlex.join(command)}",
         )
     place = _place(options["tracking_uri"], options["spool_dir"])
     environment = {
         **os.environ,
-        "TRACKED_RESUME": run,
+        **variables,
         "MLFLOW_TRACKING_URI": place.tracking_uri,
         "TRACKED_SPOOL": str(place.spool),
     }

@@ -27,10 +27,12 @@ from tracked.names import (
     DIVERGED_AT,
     EXACT,
     FILE,
+    FORK,
     HANDLE,
     HEARTBEAT,
     HOLDER,
     MANIFEST,
+    ORIGIN,
     OURS,
     OVERRIDE,
     POINTS,
@@ -364,6 +366,10 @@ def look(place: Place, word: str, say: Say) -> Details:
         "stopped because": view.tags.get(STOP_REASON, ""),
         "diverged at step": view.tags.get(DIVERGED_AT, ""),
         "overridden": view.tags.get(OVERRIDE, ""),
+        "forked from": view.tags.get(ORIGIN, ""),
+        "forked into": ", ".join(
+            sorted(name.removeprefix(FORK) for name in view.tags if name.startswith(FORK))
+        ),
         "exact": view.tags.get(EXACT, ""),
         "trouble": next((trouble for run in local if (trouble := run.about.get("trouble"))), ""),
         "rejected": next((str(count) for run in local if (count := run.about.get("rejected"))), ""),

@@ -21,6 +21,7 @@ CHECKPOINT = "tracked.checkpoint"
 STOP_REASON = "tracked.stop_reason"
 OVERFITTING = "tracked.overfitting"
 BEST = "tracked.best"
+ORIGIN = "tracked.forked_from"
 COMMAND = "tracked.command"
 # Tags that MLflow's interface hides.
 HANDLE = "mlflow.tracked.handle"
@@ -34,6 +35,9 @@ POINTS = "mlflow.tracked.points"
 SETTINGS = "mlflow.tracked.settings"
 RUN_KEY = "mlflow.tracked.run_key"
 EXACT = "mlflow.tracked.exact"
+FORKED_FROM = "mlflow.tracked.forked_from"
+# A tag for each fork, because a list in one tag would lose one of two that are written at the same time.
+FORK = "mlflow.tracked.fork."
 
 # Checkpoints, in the spool and among a run's artifacts: checkpoints/step-00000938/checkpoint.pt
 FILE = "checkpoint.pt"

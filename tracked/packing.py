@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import struct
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+_POINTS_IN_A_RECORD = 500
 
 Point = tuple[str, int, int, float]
 """Key, step (int64), milliseconds since 1970 (int64), value (float64, to the last bit)."""
@@ -26,6 +28,12 @@ def pack(points: Sequence[Point]) -> dict[str, Any]:
         "times": _text("q", times),
         "values": _text("d", values),
     }
+
+
+def records(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
+    """The bodies of the records that hold `points`, in their order; none if there are none."""
+    for start in range(0, len(points), _POINTS_IN_A_RECORD):
+        yield pack(points[start : start + _POINTS_IN_A_RECORD])
 
 
 def unpack(body: dict[str, Any]) -> list[Point]:

@@ -11,7 +11,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from tracked.checkpoint import Writer
 from tracked.errors import SpoolError
 from tracked.journal import Journal
 from tracked.names import DIVERGED_AT, FILE, POINTS, STATE, folder_name, step_of
-from tracked.packing import pack
+from tracked.packing import records
 from tracked.params import as_text
 from tracked.points import PointLog, Replay
 from tracked.provenance import redact_values
@@ -34,7 +34,6 @@ log = logging.getLogger("tracked")
 
 FLUSH_SECONDS = 0.2
 LOOK_AFTER_SECONDS = 1.0
-_POINTS_IN_A_RECORD = 500
 _STATUS = {
     "finished": "FINISHED",
     "stopped_early": "FINISHED",
@@ -96,6 +95,8 @@ class Attempt:
     overridden: bool = False
     """Whether `params` differ from those that the restored state was trained with."""
     delivers: bool = True
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Packed points that the run begins with: those of the run that it was forked from."""
 
     def ensure_sender(self) -> None:
         if self.delivers:
@@ -175,6 +176,13 @@ class Pipe:
         with self._lock:
             self._journal.append(kind, body)
 
+    def copy(self, history: Sequence[dict[str, Any]]) -> None:
+        """Journal packed points that another run has logged, ahead of all that this one will log."""
+        for body in history:
+            self.append("points", body)
+            self._appended += body["count"]
+            self.flush()  # so that a long history comes to stand in several segments
+
     def add_file(self, name: str, directory: str, write: Callable[[Path], Any]) -> None:
         """Have a file that `write(path)` makes uploaded as `directory/name`.
 
@@ -240,8 +248,8 @@ class Pipe:
         pictures = [self._pictures.popitem()[1] for _ in range(len(self._pictures))]
         # After them: every point up to a written checkpoint's step, or of a picture, stands before its record.
         points = self.points.drain()
-        for start in range(0, len(points), _POINTS_IN_A_RECORD):
-            self._journal.append("points", pack(points[start : start + _POINTS_IN_A_RECORD]))
+        for body in records(points):
+            self._journal.append("points", body)
         self._appended += len(points)
         for manifest in manifests:
             self._keep(manifest)

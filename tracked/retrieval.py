@@ -40,7 +40,14 @@ class Retrieved:
 
 
 def retrieve(
-    place: Place, word: str, folder: Path, say: Say, *, step: int | None = None, best: bool = False
+    place: Place,
+    word: str,
+    folder: Path,
+    say: Say,
+    *,
+    step: int | None = None,
+    best: bool = False,
+    before: Callable[[RunView], None] = lambda _: None,
 ) -> Retrieved:
     """Download a run's last committed checkpoint, the one of `step`, or its best one.
 
@@ -54,6 +61,7 @@ def retrieve(
         say: Told what was passed over, and why.
         step: Of a committed checkpoint.
         best: The one with the best monitored value, of those that are kept.
+        before: May still refuse, by raising, with nothing downloaded.
 
     Raises:
         RunNotFound: There is no such run, or several.
@@ -72,6 +80,7 @@ def retrieve(
             try_next="python -m tracked.run sync",
         )
     refuse_foreign(view)
+    before(view)
     downloads = RunFolder(folder)
     downloads.make()
     while True:

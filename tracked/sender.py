@@ -28,6 +28,7 @@ from tracked.address import redact
 from tracked.archive import digest
 from tracked.errors import (
     CheckpointError,
+    NoSuchRun,
     RecordRejected,
     ServerError,
     ServerRefused,
@@ -39,6 +40,7 @@ from tracked.journal import START, Place, Reader
 from tracked.names import (
     CHECKPOINT,
     COMMAND,
+    FORK,
     HEARTBEAT,
     STATE,
     STOP_REASON,
@@ -197,6 +199,8 @@ class Delivery:
                 tags=self._start["tags"],
                 retry=tried,
             )
+            if origin := self._start.get("forked_from"):
+                self._link(origin["run_id"], origin["step"], view.run_id)
             self._is_mine(view, asked)
             if not tried:
                 self._on_server = set()
@@ -210,6 +214,12 @@ class Delivery:
             trouble="",
         )
         return True
+
+    def _link(self, origin: str, step: int, fork: str) -> None:
+        """Have the run that this one was forked from name it."""
+        # That one may be gone, or somebody else's: no reason to hold up this one, which names it anyway.
+        with contextlib.suppress(NoSuchRun, RecordRejected, ServerRefused):
+            self.server.set_tags(origin, {f"{FORK}{fork}": str(step)})
 
     def _drop_tags(self, view: RunView, *names: str) -> None:
         """Take away what no longer holds: an empty tag would still show."""

@@ -160,6 +160,11 @@ class Server:
         created = self._view(run, experiment)
         return self._without_twins(handle, created) if retry else created
 
+    def experiment_name(self, experiment_id: str) -> str:
+        """The name of the experiment with this ID, also of a deleted one."""
+        with self._translated():
+            return str(self._store.get_experiment(experiment_id).name)
+
     def find_by_handle(self, handle: str) -> RunView | None:
         """The run whose handle is `handle`, or None."""
         twins = self._twins(handle)

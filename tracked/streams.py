@@ -113,6 +113,7 @@ class Sampled(Batches):
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
     def restore(self, state: Any) -> None:
+        self.state = state  # of a checkpoint that is taken before the first batch
         if self._stateful and state is not None:
             self._sampler.load_state_dict(state)
 

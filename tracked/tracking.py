@@ -123,6 +123,8 @@ class Run:
             self._continue(self._restored)
         if self.attempt == 1 and attempt.params:
             self._pipe.append("params", shown_params(attempt.params))
+        self._pipe.copy(attempt.history)
+        attempt.history = []  # it may be long, and the training is
         self._pipe.open(self._beside)
 
     # -- what it is
@@ -597,14 +599,14 @@ class Run:
         self._step_seeds = seeds(derive(self.settings.seed, "step"), self.step + 1)
         if self.settings.deterministic:
             make_deterministic()
-        if self._restored is None:
+        if is_new := self.attempt == 1:
             loop = {**asdict(self.settings), **self._facts}
             self._pipe.append("params", {f"loop.{name}": _as_text(value) for name, value in loop.items()})
+        if self._restored is None:
             seed_generators(derive(self.settings.seed, "loop"))
             source = self._source.probe() if self._source is not None else None
             if self.state or source is not None:
                 check_loadable({"state": self.state, "source": source})
-            self._take_checkpoint(wait=True)
         else:
             self._check_data(self._restored, data)
             if self._source is not None:
@@ -618,6 +620,10 @@ class Run:
             self._restored = None  # as large as the model and the optimizer
             if self._attempt.restored is not None:
                 self._attempt.restored = {"step": self.step}
+        if is_new:
+            self._take_checkpoint(
+                wait=True
+            )  # also of a fork, which can then be resumed without the other run
         self._looping = True
         if self._source is not None and not self._source.is_exact:
             self.progress.warn(

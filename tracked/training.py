@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import tempfile
 import threading
@@ -24,7 +25,19 @@ from tracked.checkpoint import load
 from tracked.deferred_compiler import defer_compiler
 from tracked.errors import CheckpointError, UsageError
 from tracked.experiment import Experiment, Task
-from tracked.names import EXPERIMENT_FILE, FILE, OVERRIDE, RUN_KEY, SETTINGS, STATE, folder_name
+from tracked.forking import Origin, find_origin
+from tracked.names import (
+    EXACT,
+    EXPERIMENT_FILE,
+    FILE,
+    FORKED_FROM,
+    ORIGIN,
+    OVERRIDE,
+    RUN_KEY,
+    SETTINGS,
+    STATE,
+    folder_name,
+)
 from tracked.pipe import Attempt, Progress, shown_params
 from tracked.place import Place
 from tracked.schedule import Settings
@@ -102,21 +115,29 @@ def train(path: Path, request: Request) -> Run:
         request.place,
         experiment=request.experiment_name or experiment.path.stem,
         name=request.run_name,
-        tags={
-            **provenance.mlflow_tags(provenance.collect()),
-            "mlflow.source.name": about["path"],
-            EXPERIMENT_FILE: json.dumps(about),
-            **({RUN_KEY: request.run_key} if request.run_key else {}),
-        },
+        tags={**_file_tags(about), **({RUN_KEY: request.run_key} if request.run_key else {})},
         params=params.flatten(values),
     )
     attempt.about = about
     run = request.run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
-    request.progress.say(f"run {run.id} (local handle)" if run.id == run.handle else f"run {run.id}")
+    request.progress.say(_named(run))
     with _until_over(run):
         run.log_artifact(experiment.path, "source")
         _carry_out(experiment, values, run)
     return run
+
+
+def _named(run: Run) -> str:
+    return f"run {run.id} (local handle)" if run.id == run.handle else f"run {run.id}"
+
+
+def _file_tags(about: Mapping[str, Any]) -> dict[str, str]:
+    """Where a run of this experiment file comes from."""
+    return {
+        **provenance.mlflow_tags(provenance.collect()),
+        "mlflow.source.name": about["path"],
+        EXPERIMENT_FILE: json.dumps(about),
+    }
 
 
 def _wait_for_its_end(request: Request, view: RunView) -> None:
@@ -201,33 +222,17 @@ def resume(word: str, request: Request) -> Run:
         """What can fail without the run is tried before it is claimed."""
         if not request.overrides:
             _check_work_left(view, request.settings)
-        recorded = json.loads(view.tags.get(EXPERIMENT_FILE, "{}"))
-        if not recorded and request.file is None:
-            script = Path(view.tags.get("mlflow.source.name") or "SCRIPT.py").name
-            raise UsageError(
-                f"run {view.run_id} was made by a script, not by an experiment file",
-                expected="the script behind `--`",
-                try_next=f"python -m tracked.run resume {view.run_id} -- python {script}",
-            )
-        path, warnings = experiments.locate(recorded, file=request.file, cwd=Path.cwd(), run_id=view.run_id)
-        experiment = experiments.load(path)
-        params.parse(experiment.params_class, request.overrides)
+        found.append(_experiment_of(view, request, "resume", view.run_id))
         _check_work_left(view, request.settings)
-        found.append((experiment, warnings))
 
     attempt, view = take_over(request.place, word, request.progress.say, before_claim=prepare)
     try:
         experiment, warnings = found[0]
         for warning in warnings:
             request.progress.warn(warning)
-        standing = _standing_override(attempt, view)
-        known = _new_values(standing)
-        asked = params.parse(experiment.params_class, request.overrides)
-        old = params.build(experiment.params_class, attempt.params)
-        new = params.replace(old, {**known["params"], **asked})
-        settings, changed = _changed_settings(attempt, view, {**known["settings"], **request.settings})
-        override = _override(attempt, params.differences(params.flatten(old), params.flatten(new)), changed)
-        _refuse_beyond(attempt, override, standing, word)
+        assert attempt.restored is not None
+        new, settings, override, standing = _continued(experiment, request, attempt.restored, view)
+        _refuse_beyond(attempt, override, standing, _fork_line(attempt, word, *_typed(request)))
     except BaseException:
         attempt.lock.release()
         raise
@@ -243,15 +248,159 @@ def resume(word: str, request: Request) -> Run:
     return run
 
 
+def fork(word: str, request: Request, *, step: int | None = None) -> Run:
+    """Train a new run that goes on from a checkpoint of another, with its history up to there, to its end.
+
+    Args:
+        word: ID, unique prefix of an ID, local handle, name, or `last`.
+        request: What is to be otherwise than in that run.
+        step: Of a committed checkpoint; the last one by default.
+
+    Raises:
+        TrackedError: As its text says; what the user's own code raises comes through as it is.
+    """
+    defer_compiler()
+    found: list[tuple[Experiment, list[str]]] = []
+
+    def prepare(view: RunView) -> None:
+        line = ["fork", view.run_id, *([] if step is None else ["--step", str(step)])]
+        found.append(_experiment_of(view, request, *line))
+        _check_fork_has_work(view, step, request.settings)
+
+    origin = find_origin(request.place, word, request.progress.say, step=step, before=prepare)
+    experiment, warnings = found[0]
+    for warning in warnings:
+        request.progress.warn(warning)
+    new, settings, override, _ = _continued(experiment, request, origin.state, origin.view)
+    loop.choose_device(settings.device)
+    about = experiments.describe(experiment)
+    attempt = _begin_fork(
+        origin,
+        override,
+        request.place,
+        experiment=request.experiment_name or origin.experiment,
+        name=request.run_name,
+        tags=_file_tags(about),
+        params=params.flatten(new),
+        about=about,
+    )
+    run = request.run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
+    request.progress.say(f"{_named(run)} is forked from run {_origin_text(origin, override)}")
+    with _until_over(run):
+        run.log_artifact(experiment.path, "source")
+        _carry_out(experiment, new, run)
+    return run
+
+
+def _check_fork_has_work(view: RunView, step: int | None, asked: Mapping[str, Any]) -> None:
+    if step not in (None, (pointed(view) or {}).get("step")):
+        return
+    try:
+        _check_work_left(view, asked)
+    except NothingLeft as nothing:
+        raise UsageError(
+            str(nothing),
+            expected="an earlier checkpoint, with --step N, or a longer training",
+            try_next=f"python -m tracked.run show {view.run_id}   (for the checkpoints that there are)",
+        ) from None
+
+
+def _begin_fork(
+    origin: Origin,
+    override: Mapping[str, Any],
+    place: Place,
+    *,
+    experiment: str,
+    name: str | None,
+    tags: Mapping[str, str],
+    params: dict[str, Any],
+    about: Mapping[str, Any],
+) -> Attempt:
+    """The first attempt at a new run that goes on where another stood, with what `override` changes there."""
+    state, view = origin.state, origin.view
+    links = {
+        ORIGIN: _origin_text(origin, override),
+        FORKED_FROM: json.dumps({"run_id": view.run_id, **override}),
+        **({EXACT: view.tags[EXACT]} if EXACT in view.tags else {}),
+    }
+    attempt = begin(place, experiment=experiment, name=name, tags={**tags, **links}, params=params)
+    attempt.start["forked_from"] = {"run_id": view.run_id, "step": state["step"]}
+    attempt.restored = {**state, "about": {**about, "resumed_at": state["about"].get("resumed_at", [])}}
+    attempt.history = origin.history
+    attempt.overridden = bool(override["params"])
+    return attempt
+
+
+def _origin_text(origin: Origin, override: Mapping[str, Any]) -> str:
+    changes = ", ".join(f"{name}={_shown(pair)}" for name, pair in _changed(override).items())
+    text = f"{origin.view.run_id} at step {origin.state['step']}" + (f", with {changes}" if changes else "")
+    return text[:_LONGEST_TAG]
+
+
+def _experiment_of(view: RunView, request: Request, *line: str) -> tuple[Experiment, list[str]]:
+    """The run's experiment file, found in the working tree and loaded, and warnings to show.
+
+    Args:
+        line: The command that is carried out, for the text of an error.
+
+    Raises:
+        UsageError: It is not found, cannot be loaded, or does not have the overridden params.
+    """
+    recorded = json.loads(view.tags.get(EXPERIMENT_FILE, "{}"))
+    if not recorded and request.file is None:
+        script = Path(view.tags.get("mlflow.source.name") or "SCRIPT.py").name
+        raise UsageError(
+            f"run {view.run_id} was made by a script, not by an experiment file",
+            expected="the script behind `--`",
+            try_next=f"python -m tracked.run {shlex.join(line)} -- python {script}",
+        )
+    path, warnings = experiments.locate(
+        recorded, file=request.file, cwd=Path.cwd(), run_id=view.run_id, line=line
+    )
+    experiment = experiments.load(path)
+    params.parse(experiment.params_class, request.overrides)
+    return experiment, warnings
+
+
+def _continued(
+    experiment: Experiment, request: Request, state: Mapping[str, Any], view: RunView
+) -> tuple[Any, Settings, dict[str, Any], dict[str, Any]]:
+    """What a training goes on with from the checkpoint `state`, and what that changes.
+
+    Returns:
+        The params, the settings, the override that they are, and the one that stands already.
+    """
+    standing = _standing_override(view, state["step"])
+    known = _new_values(standing)
+    asked = params.parse(experiment.params_class, request.overrides)
+    old = params.build(experiment.params_class, state["params"])
+    new = params.replace(old, {**known["params"], **asked})
+    settings, changed = _changed_settings(state, view, {**known["settings"], **request.settings})
+    differing = params.differences(params.flatten(old), params.flatten(new))
+    return new, settings, _override(state["step"], differing, changed), standing
+
+
+def _continued_script(
+    given: Any, settings: Mapping[str, Any], state: Mapping[str, Any], view: RunView
+) -> tuple[dict[str, Any], Settings, dict[str, Any], dict[str, Any]]:
+    """As `_continued`, for a script: `given` are all of its params, or None for the recorded ones."""
+    standing = _standing_override(view, state["step"])
+    known = _new_values(standing)
+    asked = {name: value for name, value in settings.items() if name != "seed"}
+    chosen, changed = _changed_settings(state, view, {**known["settings"], **asked})
+    present = {**state["params"], **known["params"]} if given is None else _flat(given)
+    override = _override(state["step"], _differences(state["params"], present), changed)
+    return present, chosen, override, standing
+
+
 def _override(
-    attempt: Attempt, changed_params: Mapping[str, Any], changed_settings: Mapping[str, Any]
+    step: int, changed_params: Mapping[str, Any], changed_settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the run's tag says of an override: its step, and name -> [recorded, new], without secrets."""
-    assert attempt.restored is not None
     texts = {name: json.dumps(pair, default=str) for name, pair in changed_params.items()}
     shown = provenance.redact_values(texts)
     override = {
-        "step": attempt.restored["step"],
+        "step": step,
         "params": {
             name: json.loads(text) if shown[name] == text else shown[name] for name, text in texts.items()
         },
@@ -268,15 +417,14 @@ def _changed(override: Mapping[str, Any]) -> dict[str, Any]:
     return {**override["params"], **override["settings"]}
 
 
-def _standing_override(attempt: Attempt, view: RunView) -> dict[str, Any]:
-    """The override with which the run goes on from this very checkpoint, as the tag has it.
+def _standing_override(view: RunView, step: int) -> dict[str, Any]:
+    """The override with which the run goes on from the checkpoint of `step`, as the tag has it.
 
     An attempt that was killed before its first own checkpoint has logged points with it.
     """
-    assert attempt.restored is not None
     tag = _from_tag(view, OVERRIDE)
     kinds = {kind: tag.get(kind) for kind in ("params", "settings")}
-    if tag.get("step") != attempt.restored["step"]:
+    if tag.get("step") != step:
         kinds = {}
     return {
         kind: value if isinstance(value := kinds.get(kind), dict) else {} for kind in ("params", "settings")
@@ -335,13 +483,12 @@ def _check_work_left(view: RunView, asked: Mapping[str, Any]) -> None:
 
 
 def _changed_settings(
-    attempt: Attempt, view: RunView, asked: Mapping[str, Any]
+    state: Mapping[str, Any], view: RunView, asked: Mapping[str, Any]
 ) -> tuple[Settings, dict[str, Any]]:
     """The recorded settings with what was asked for, and those changes that have a say in values."""
-    assert attempt.restored is not None
     # How far to go is said by the newest attempt, which may have been killed before its first checkpoint.
     said = {name: value for name, value in _from_tag(view, SETTINGS).items() if name in _UNSEEN_BY_VALUES}
-    recorded = Settings.from_json({**attempt.restored["settings"], **said})
+    recorded = Settings.from_json({**state["settings"], **said})
     if "seed" in asked and asked["seed"] != recorded.seed:
         raise UsageError(
             f"--seed {asked['seed']} was asked for, and the run was trained with seed {recorded.seed}",
@@ -371,8 +518,9 @@ def _differing(override: Mapping[str, Any], standing: Mapping[str, Any]) -> set[
 
 
 def _refuse_beyond(
-    attempt: Attempt, override: Mapping[str, Any], standing: Mapping[str, Any], word: str
+    attempt: Attempt, override: Mapping[str, Any], standing: Mapping[str, Any], line: str
 ) -> None:
+    """Refuse what would make another curve of points that stand; `line` makes a run of its own of it."""
     changes = _differing(override, standing)
     if attempt.replay and changes:
         furthest = max(step for points in attempt.replay.values() for step in points)
@@ -382,8 +530,25 @@ def _refuse_beyond(
             f"{', '.join(sorted(changes))} cannot be changed here: points up to step {furthest} stand beyond "
             f"the checkpoint of step {step}, and would no longer be what the run computes",
             expected="a checkpoint at the end of the curve (a run that was paused, stopped or finished)",
-            try_next=f"python -m tracked.run resume {word}   (without the change), or a new run with `train`",
+            try_next=line,
         )
+
+
+def _fork_line(attempt: Attempt, word: str, *typed: str) -> str:
+    """The command for a new run that goes on where `attempt` would, with what was typed."""
+    assert attempt.restored is not None
+    words = ["fork", word, "--step", str(attempt.restored["step"]), *typed]
+    return provenance.redact_text(f"python -m tracked.run {shlex.join(words)}")
+
+
+def _typed(request: Request) -> list[str]:
+    """The overrides and settings of a request, as they are typed."""
+    words = [*request.overrides]
+    for name, value in request.settings.items():
+        option = f"--{name.replace('_', '-')}"
+        for each in value if isinstance(value, tuple) else (value,):
+            words += [option] if each is True else [option, str(each)]
+    return words if request.file is None else [*words, "--file", str(request.file)]
 
 
 @contextlib.contextmanager
@@ -446,7 +611,8 @@ def start(
     """A run for a script or notebook: `with tracked.start("digits", params) as run:`.
 
     Under `TRACKED_RESUME` (set by `python -m tracked.run resume RUN -- COMMAND`) it is that run,
-    resumed. Nothing global is changed; `run.batches` and `run.steps` seed.
+    resumed; under `TRACKED_FORK` (set by `fork RUN -- COMMAND`) a new run that goes on from that one's
+    checkpoint. Nothing global is changed; `run.batches` and `run.steps` seed.
 
     Args:
         experiment_name: MLflow's experiment, made if missing.
@@ -470,6 +636,17 @@ def start(
             drain_timeout=drain_timeout,
             progress=progress,
             **settings,
+        )
+    if origin := os.environ.get("TRACKED_FORK"):
+        return _fork_run(
+            *_run_and_step(origin),
+            Place.choose(tracking_uri, spool_dir),
+            experiment_name,
+            params,
+            settings,
+            run_name=run_name,
+            drain_timeout=drain_timeout,
+            progress=progress,
         )
     chosen = _settings(settings)
     attempt = begin(
@@ -510,13 +687,10 @@ def resume_run(
     shown = _progress(progress)
     attempt, view = take_over(Place.choose(tracking_uri, spool_dir), run_id, shown.say)
     try:
-        standing = _standing_override(attempt, view)
-        known = _new_values(standing)
-        asked = {name: value for name, value in settings.items() if name != "seed"}
-        chosen, changed = _changed_settings(attempt, view, {**known["settings"], **asked})
-        present = {**attempt.params, **known["params"]} if params is None else _flat(params)
-        override = _override(attempt, _differences(attempt.params, present), changed)
-        _refuse_beyond(attempt, override, standing, run_id)
+        assert attempt.restored is not None
+        present, chosen, override, standing = _continued_script(params, settings, attempt.restored, view)
+        script = Path(view.tags.get("mlflow.source.name") or "SCRIPT.py").name
+        _refuse_beyond(attempt, override, standing, _fork_line(attempt, run_id, "--", "python", script))
         attempt.params, attempt.overridden = present, bool(override["params"])
     except BaseException:
         attempt.lock.release()
@@ -526,6 +700,49 @@ def resume_run(
         run.progress.warn(f"recorded and present values differ, the present ones hold: {', '.join(changes)}")
     if changes or _changed(standing):
         run.record({OVERRIDE: json.dumps(override)})
+    return run
+
+
+def _run_and_step(text: str) -> tuple[str, int | None]:
+    """What `TRACKED_FORK` names: RUN@STEP, or RUN@ for the last checkpoint; a run's name may hold an @ itself."""
+    word, _, step = text.rpartition("@")
+    if not word or not (step.isdecimal() or not step):
+        raise UsageError(
+            f"TRACKED_FORK is {text!r}",
+            expected="RUN@STEP, or RUN@ for its last checkpoint",
+            try_next=f"python -m tracked.run fork {text} -- COMMAND",
+        )
+    return word, int(step) if step else None
+
+
+def _fork_run(
+    word: str,
+    step: int | None,
+    place: Place,
+    experiment_name: str,
+    params: Any,
+    settings: Mapping[str, Any],
+    *,
+    run_name: str | None,
+    drain_timeout: float,
+    progress: bool,
+) -> Run:
+    """As `resume_run`, in a new run."""
+    shown = _progress(progress)
+    origin = find_origin(place, word, shown.say, step=step)
+    present, chosen, override, _ = _continued_script(params, settings, origin.state, origin.view)
+    attempt = _begin_fork(
+        origin,
+        override,
+        place,
+        experiment=experiment_name,
+        name=run_name,
+        tags=provenance.mlflow_tags(provenance.collect()),
+        params=present,
+        about={},
+    )
+    run = _opened(attempt, chosen, drain_timeout=drain_timeout, progress=progress)
+    run.progress.say(f"{_named(run)} is forked from run {_origin_text(origin, override)}")
     return run
 
 
