@@ -228,6 +228,27 @@ def test_an_evaluation_leaves_a_frozen_part_in_its_mode(tmp_path: Path) -> None:
     assert not model[1].training
 
 
+def test_an_evaluation_leaves_a_model_that_does_more_in_train_than_set_modes_as_it_was(tmp_path: Path) -> None:
+    class Merging(nn.Linear):
+        """As adapters do: merged into the weights for an evaluation, apart again for the training."""
+
+        merged = False
+
+        def train(self, mode: bool = True) -> Merging:
+            self.merged = not mode
+            return super().train(mode)
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = batch
+        if model.training:
+            assert not model.merged
+        return nn.functional.mse_loss(model(inputs), targets)
+
+    settings = replace(SETTINGS, epochs=1, eval_every="2 steps")
+    found = fitted(tmp_path, settings, model=Merging(3, 1), step=step, loss=None)
+    assert list(values(found, "val/loss")) == [2, 4, 6]
+
+
 @pytest.mark.parametrize(("bad", "names"), [(float("nan"), "nan"), (float("inf"), "inf")])
 def test_a_loss_that_is_no_number_ends_the_training_before_it_spoils_a_weight(
     bad: float, names: str, tmp_path: Path

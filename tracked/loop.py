@@ -219,7 +219,8 @@ def _evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
         found = task.evaluate(task.model, loader) if task.evaluate else _measure(task, loader, device)
         named = {f"{name}/{key}": value for key, value in found.items()}
         values |= {key: float(scalar(key, value)) for key, value in named.items()}
-    for module, mode in modes:  # not by train(), which would reach what is frozen
+    task.model.train(modes[0][1])  # a model may do more in it than set modes
+    for module, mode in modes:  # which reaches what is frozen, too
         module.training = mode
     return values
 
