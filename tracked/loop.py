@@ -115,10 +115,12 @@ def _begin_epoch(task: Task, run: Run, *, first: bool) -> None:
     Args:
         first: Whether it is the first of this process.
     """
-    unfreeze_until(run.epoch, task.model, task.unfreeze)
-    train_mode(task.model)
-    some_frozen = not all(parameter.requires_grad for parameter in task.model.parameters())
-    if run.epoch in task.unfreeze or (first and (some_frozen or task.unfreeze)):
+    due = run.epoch in task.unfreeze
+    # With a batch an epoch this is the way of every step: what changes nothing is passed over.
+    if first or due or not all(module.training for module in task.model.modules()):
+        unfreeze_until(run.epoch, task.model, task.unfreeze)
+        train_mode(task.model)
+    if due or (first and (task.unfreeze or not all(each.requires_grad for each in task.model.parameters()))):
         text = f"epoch {run.epoch}: parameters that train, and that are frozen\n{table(task.model)}"
         run.progress.say(text)
         try:
