@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 import tracked
 from tests.experiments import tiny
 from tests.trainings import Trained, fitting, train
+from tracked import loop
 from tracked.attempts import rehearse
 from tracked.data import Batches
 from tracked.errors import LossNotFinite, UsageError
@@ -109,6 +110,20 @@ def test_a_window_of_batches_is_one_large_batch(own: dict[str, Any], precision: 
     losses, expected = values(small, "train/loss"), values(whole, "train/loss")
     assert losses == pytest.approx(expected, rel=close["rtol"])
     assert len(losses) == 4
+
+
+def test_an_optimizer_with_a_zero_grad_of_its_own_has_it_called_in_every_step(tmp_path: Path) -> None:
+    class Counting(torch.optim.SGD):
+        calls = 0
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.calls += 1
+            super().zero_grad(set_to_none)
+
+    built = task()
+    built.optimizer = optimizer = Counting(built.model.parameters(), lr=0.05)
+    train(tmp_path, lambda run: loop.fit(built, run), SETTINGS)
+    assert optimizer.calls == 12
 
 
 def test_metrics_are_means_over_samples_whatever_the_last_batch(tmp_path: Path) -> None:
@@ -228,7 +243,9 @@ def test_an_evaluation_leaves_a_frozen_part_in_its_mode(tmp_path: Path) -> None:
     assert not model[1].training
 
 
-def test_an_evaluation_leaves_a_model_that_does_more_in_train_than_set_modes_as_it_was(tmp_path: Path) -> None:
+def test_an_evaluation_leaves_a_model_that_does_more_in_train_than_set_modes_as_it_was(
+    tmp_path: Path,
+) -> None:
     class Merging(nn.Linear):
         """As adapters do: merged into the weights for an evaluation, apart again for the training."""
 

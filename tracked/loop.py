@@ -176,8 +176,18 @@ def train_step(
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), task.clip_norm)
     scaler.step(task.optimizer)
     scaler.update()
-    task.optimizer.zero_grad()
+    _drop_gradients(task.optimizer)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum() / sum(shares)
+
+
+def _drop_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """`zero_grad()` without torch's hooks for its profiler and compiler, which cost a small step a tenth."""
+    if type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:  # it may do more
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 @torch.no_grad()
