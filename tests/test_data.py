@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from tests.experiments.tiny import Noisy, mixed_up
 from tracked.data import Batches, size, to_device
 from tracked.errors import UsageError
+from tracked.streams import batches_of
 from tracked.training import compare_states
 
 Pair = namedtuple("Pair", ["inputs", "targets"])  # noqa: PYI024 - as users write them
@@ -51,6 +52,20 @@ class Plain(Dataset[tuple[Tensor, ...]]):
 
 def same(a: Any, b: Any) -> bool:
     return compare_states(a, b)[1] == []
+
+
+def test_a_full_batch_in_the_datas_own_order_is_fresh_and_what_picking_its_samples_gives() -> None:
+    data = TensorDataset(torch.arange(12.0).view(2, 6).T, torch.arange(6))
+    full = Batches(data, batch_size=6, seed=0, shuffle=False)
+    (found,) = full.epoch(0)
+    (picked,) = Batches(Subset(data, range(6)), batch_size=6, seed=0, shuffle=False).epoch(0)
+    assert same(found, picked)
+    assert [each.stride() for each in found] == [each.stride() for each in picked]
+    found[0].zero_()  # a step may do so
+    assert same(next(full.epoch(1)), picked)
+    assert list(full.epoch(0, start=1)) == []
+    (sampled,) = batches_of(data, batch_size=6, seed=0, loader={"sampler": range(5, -1, -1)}).epoch(0)
+    assert sampled[1].tolist() == [5, 4, 3, 2, 1, 0]
 
 
 # -- order

@@ -83,6 +83,10 @@ class _Tensors:
         # Always a fresh tensor: a view at an odd offset changes the bits of a `linear`.
         return [tensor.index_select(0, index) for tensor in self.tensors]
 
+    def all(self) -> list[torch.Tensor]:
+        """All samples in the data's own order, as `__getitems__` would give them."""
+        return [tensor.clone(memory_format=torch.contiguous_format) for tensor in self.tensors]
+
 
 def as_is(batch: Any) -> Any:
     """What is a batch already, for a loader that would collate it."""
@@ -161,6 +165,10 @@ class Batches:
         # Also where it is not used, because it refuses what it does not know.
         loader_ = loading(self._built, batch_sampler=self._order, collate_fn=as_is, **options)
         self._loader = loader_ if loader_.num_workers or loader_.pin_memory else None
+        # Copied at once, where picking its samples takes as long as a small step; what orders samples itself unsets it.
+        is_full = not shuffle and batch_size >= self.samples and self._loader is None
+        built = self._built if is_full and isinstance(self._built, _Tensors) else None
+        self._full_batch = built if built and built.indices is None else None
 
     @property
     def draws(self) -> bool:
@@ -207,14 +215,16 @@ class Batches:
         seeded by it.
         """
         self._order.epoch, self._order.start = epoch, start
-        if self._loader is None:
+        if self._full_batch and not start:
+            yield self._full_batch.all()
+        elif self._loader is None:
             for wanted in self._order:
                 yield self._built.__getitems__(wanted)
-            return
-        with preserved_generators():
-            # The iterator's constructor draws a base seed from torch's global generator.
-            batches = iter(self._loader)
-        yield from batches
+        else:
+            with preserved_generators():
+                # The iterator's constructor draws a base seed from torch's global generator.
+                batches = iter(self._loader)
+            yield from batches
 
 
 def _source(dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None) -> _Built | _Tensors:

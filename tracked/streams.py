@@ -102,6 +102,7 @@ class Sampled(Batches):
                 expected="__len__, or state_dict and load_state_dict",
             )
         super().__init__(dataset, shuffle=False, **options)
+        self._full_batch = None  # the order is the sampler's
 
     @property
     def length(self) -> int | None:
