@@ -47,7 +47,8 @@ class Task:
         batch_size: Samples a batch, over all ranks together.
         metrics: Name → `f(outputs, targets)` → number or scalar tensor, averaged over the evaluation with
             samples as weights; or an object with `reset()`, `update(outputs, targets)` and `compute()`, asked
-            once per evaluation. Logged as `val/<name>`.
+            once per evaluation. Logged as `val/<name>`; of a dict that is computed, as `val/<name>/<key>` what is
+            a single number.
         scheduler: A learning rate scheduler of `optimizer`, or None.
         scheduler_interval: Whether `scheduler.step()` belongs to each epoch or to each step.
         monitor: The metric that best-so-far, patience, pruners and `ReduceLROnPlateau` look at.

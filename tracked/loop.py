@@ -43,6 +43,9 @@ def fit(task: Task, run: Run) -> None:
     device = choose_device(settings.device)
     _check_precision(task.precision, device)
     task.model.to(device)
+    for metric in task.metrics.values():
+        if isinstance(metric, torch.nn.Module):  # as those of torchmetrics are
+            metric.to(device)
     check_schedule(task.model, task.optimizer, task.unfreeze)
     unfreeze_until(run.epoch, task.model, task.unfreeze)
     check_trains(task.model, task.optimizer)
@@ -265,7 +268,14 @@ def _measure(task: Task, loader: Iterator[Any], device: torch.device) -> dict[st
             sums[name] = sums.get(name, 0.0) + exact * weight
         total += float(weight)
     means = {name: value / total for name, value in sums.items()}
-    return means | {name: metric.compute() for name, metric in objects.items()}
+    for name, metric in objects.items():
+        computed = metric.compute()
+        if isinstance(computed, Mapping):  # as mean average precision gives, and a collection of metrics
+            single = {key: each for key, each in computed.items() if torch.as_tensor(each).numel() == 1}
+            means |= {f"{name}/{key}": each for key, each in single.items()}
+        else:
+            means[name] = computed
+    return means
 
 
 def _judge(task: Task, batch: Any) -> tuple[dict[str, Any], Any, Any, Any]:
