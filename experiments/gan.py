@@ -101,6 +101,6 @@ def picture(generator: nn.Module, noise: Tensor) -> Figure:
     rows = framed.transpose(1, 2).reshape(80, 80)
     figure = Figure(figsize=(3, 3))
     axes = figure.subplots()
-    axes.imshow(rows, cmap="gray_r", vmin=0, vmax=1)
+    axes.imshow(rows.numpy(), cmap="gray_r", vmin=0, vmax=1)
     axes.set_axis_off()
     return figure

@@ -8,16 +8,27 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from PIL import Image
+from torch import Tensor, nn
 
 from tests.nursery import Nursery
 from tests.processes import ROOT, Workplace
 from tests.proofs import artifact, assert_same_training, curves, runs, state
+from tests.trainings import Body, Trained, differing, fitting, nothing, train
+from tracked import experiment
+from tracked.errors import ExperimentError
+from tracked.experiment import Experiment
+from tracked.schedule import Settings
+from tracked.seeding import derive, seed_generators
+from tracked.tracking import Run
 
 
 @pytest.fixture
@@ -141,6 +152,134 @@ def test_the_own_loop_as_an_experiment_file_resumes_exactly(nursery: Nursery, pl
 
     assert resumed["epoch"] == 3
     assert_same_training(place.tracking_uri, resumed["run_id"], reference)
+
+
+# -- in this process and without a server: what is particular to each of these
+
+
+@pytest.fixture
+def shipped(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Experiment]:
+    """Loads one of the experiments by its name, as the command line does."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return lambda name: experiment.load(ROOT / f"experiments/{name}.py")
+
+
+def built(found: Experiment, **params: Any) -> Body:
+    return fitting(lambda: found.task(found.params_class(**params)))
+
+
+def values(trained: Trained, key: str) -> dict[int, float]:
+    return {step: float(value) for name, step, value in trained.points if name == key}
+
+
+def test_irises_are_told_apart_by_the_very_weights_that_a_bare_loop_ends_with(
+    shipped: Callable[[str], Experiment], tmp_path: Path
+) -> None:
+    iris, faster = shipped("iris"), 0.1  # ten times its rate, for a tenth of the epochs
+    settings = Settings(
+        epochs=800, eval_every="200 epochs", patience=50, checkpoint_every="400 epochs", device="cpu"
+    )
+    found = train(tmp_path, built(iris, lr=faster), settings)
+
+    seed_generators(derive(0, "build"))
+    task = iris.task(iris.params_class(lr=faster))
+    inputs, targets = task.train_data.tensors  # type: ignore[attr-defined]
+    for _ in range(800):
+        loss = nn.functional.cross_entropy(task.model(inputs), targets)
+        task.optimizer.zero_grad()
+        loss.backward()
+        task.optimizer.step()
+
+    assert [*values(found, "val/accuracy")] == [200, 400, 600, 800]
+    assert values(found, "val/accuracy")[800] == pytest.approx(29 / 30)
+    weights = found.last["model_state_dict"]
+    assert all(weights[name].equal(value) for name, value in task.model.state_dict().items())
+
+
+def test_four_accumulated_batches_make_the_steps_of_one_four_times_as_large(
+    shipped: Callable[[str], Experiment], tmp_path: Path
+) -> None:
+    accumulate, settings = shipped("accumulate"), Settings(max_steps=8, device="cpu")
+    parts = train(tmp_path, built(accumulate, batch_size=16, accumulate=4), settings)
+    whole = train(tmp_path, built(accumulate, batch_size=64, accumulate=1), settings)
+
+    losses = values(parts, "train/loss")
+    assert [*losses] == [*range(1, 9)]
+    assert losses == pytest.approx(values(whole, "train/loss"), rel=1e-4)
+    assert losses[8] < losses[1]
+
+
+def test_the_detector_logs_its_precision_and_resumes_exactly(
+    shipped: Callable[[str], Experiment], tmp_path: Path
+) -> None:
+    detection = shipped("detection")
+    settings = Settings(
+        max_steps=6, eval_every="2 steps", checkpoint_every="1 steps", keep_last=9, device="cpu"
+    )
+    body = built(detection, width=4, samples=36, batch_size=8)
+    found = differing(tmp_path, body, settings)
+    assert found == nothing(found)
+    logged = train(tmp_path, body, settings)
+    for key in ("val/loss", "val/map", "val/map_50"):
+        assert [*values(logged, key)] == [2, 4, 6]
+
+
+def test_the_detector_says_what_to_install(
+    shipped: Callable[[str], Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools", None)  # as if it were not there
+    detection = shipped("detection")
+    with pytest.raises(ExperimentError, match="pip install torchmetrics pycocotools"):
+        detection.task(detection.params_class(samples=6))
+
+
+def test_the_language_model_weighs_by_tokens_and_resumes_exactly_in_the_middle_of_its_own_batches(
+    shipped: Callable[[str], Experiment], tmp_path: Path
+) -> None:
+    language_model = shipped("language_model")
+    settings = Settings(
+        epochs=2, eval_every="5 steps", checkpoint_every="3 steps", keep_last=99, device="cpu"
+    )
+    small = {"width": 8, "lines": 150, "tokens": 900, "accumulate": 2}
+    found = differing(tmp_path, built(language_model, **small), settings)
+    assert found == nothing(found)
+
+    last = train(tmp_path, built(language_model, **small), settings)
+    losses, final = values(last, "train/loss"), last.run.step
+    assert losses[final] < losses[1]
+    task = language_model.task(language_model.params_class(**small))
+    task.model.load_state_dict(last.last["model_state_dict"])
+    total, tokens = 0.0, 0
+    lines: list[Tensor] = list(task.val_data)  # type: ignore[arg-type]
+    for line in lines:
+        logits = task.model(line[None, :-1])[0].detach()
+        total += nn.functional.cross_entropy(logits, line[1:], reduction="sum").item()
+        tokens += len(line) - 1
+    assert values(last, "val/loss")[final] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_the_two_networks_of_the_gan_resume_exactly(
+    shipped: Callable[[str], Experiment], tmp_path: Path
+) -> None:
+    gan = shipped("gan")
+
+    def body(run: Run) -> None:
+        seed_generators(derive(run.settings.seed, "build"))
+        assert gan.main is not None
+        gan.main(run, gan.params_class(hidden=16))
+
+    settings = Settings(max_steps=30, checkpoint_every="8 steps", keep_last=9, device="cpu")
+    found = differing(tmp_path, body, settings)
+    assert found == nothing(found)
+    straight = train(tmp_path, body, settings)
+    for key in ("discriminator/loss", "generator/loss"):
+        assert [*values(straight, key)] == [*range(1, 31)]
+    moments = straight.last["generator_optimizer_state_dict"]["state"][0]["exp_avg"]
+    assert torch.count_nonzero(moments), "both optimizers are saved"
+    assert "discriminator_optimizer_state_dict" in straight.last
+
+
+# -- a script, and the demo
 
 
 # Kills the script at its 60th step, once, when the server has the checkpoint before it.
