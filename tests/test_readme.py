@@ -128,7 +128,7 @@ def test_a_loop_of_ones_own_works_both_ways(folder: Path) -> None:
 def test_the_tables_examples_work_in_their_order(folder: Path, nursery: Nursery) -> None:
     workplace = Workplace(folder, "")
     lines = [shlex.split(text) for text in IN_TABLE.findall(SECTIONS["Commands"])]
-    shown = {"train", "resume", "pause", "list", "show", "export", "verify", "sync", "gc", "ui"}
+    shown = {"train", "resume", "fork", "pause", "list", "show", "export", "verify", "sync", "gc", "ui"}
     assert {line[0] for line in lines} == shown
 
     for line in lines:
@@ -141,7 +141,7 @@ def test_the_tables_examples_work_in_their_order(folder: Path, nursery: Nursery)
 def test_every_option_and_variable_that_is_named_exists(folder: Path) -> None:
     helps = "".join(
         execute(folder, sys.executable, "-m", "tracked.run", command, "--help").output
-        for command in ("train", "resume", "pause", "show", "export", "sync", "gc", "ui")
+        for command in ("train", "resume", "fork", "pause", "show", "export", "sync", "gc", "ui")
     )
     code = "".join(path.read_text() for path in (ROOT / "tracked").glob("*.py"))
 

@@ -621,9 +621,8 @@ class Run:
             if self._attempt.restored is not None:
                 self._attempt.restored = {"step": self.step}
         if is_new:
-            self._take_checkpoint(
-                wait=True
-            )  # also of a fork, which can then be resumed without the other run
+            # Also of a fork, which can then be resumed without the other run.
+            self._take_checkpoint(wait=True)
         self._looping = True
         if self._source is not None and not self._source.is_exact:
             self.progress.warn(
