@@ -22,12 +22,8 @@ from torch.utils.data import Dataset
 
 import tracked
 
-PAD, UNKNOWN, FIRST, LAST = (
-    0,
-    1,
-    32,
-    126,
-)  # a token is a printable ASCII character; a line ends with PAD's neighbour
+# A token is a printable ASCII character, from FIRST to LAST, or one of these.
+PAD, UNKNOWN, FIRST, LAST = 0, 1, 32, 126
 END = LAST + 1
 
 
