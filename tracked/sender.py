@@ -400,9 +400,11 @@ class Delivery:
         local = self.run.checkpoints / folder_name(body["step"])
         directory = f"checkpoints/{local.name}"
         if self._uploaded != end:
-            if not (local / "checkpoint.pt").exists() or digest(local / "checkpoint.pt") != body["sha256"]:
-                # A newer one has taken its place while the server was away.
-                return True
+            try:
+                if digest(local / "checkpoint.pt") != body["sha256"]:
+                    return True
+            except FileNotFoundError:
+                return True  # a newer one has taken its place while the server was away
             reach("sender.before-upload")
             if self._on_server is not None:
                 self._on_server.add(body["step"])  # also if it stays half of one, superseded meanwhile
@@ -410,7 +412,7 @@ class Delivery:
                 self.server.upload(run_id, local / "checkpoint.pt", directory)
                 reach("sender.mid-upload")
                 self.server.upload(run_id, local / "manifest.json", directory)
-            except CheckpointError:
+            except (CheckpointError, ServerUnavailable):
                 if local.exists():
                     raise
                 return True  # superseded by a newer one meanwhile
