@@ -85,9 +85,7 @@ def test_an_unknown_run_is_told_with_the_command_that_lists_runs(
 ) -> None:
     result = trained.run(command, word)
 
-    assert_told(
-        result, 1, f"there is no run {word!r}", "first characters" if command == "resume" else "", "run list"
-    )
+    assert_told(result, 2, f"there is no run {word!r}", "at least 4 characters", "run list")
 
 
 @pytest.mark.parametrize("command", ["resume", "pause", "verify"])

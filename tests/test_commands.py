@@ -146,7 +146,7 @@ def test_without_a_database_no_run_is_found(workplace: Workplace) -> None:
     workplace.nursery = None  # which makes files of its own in the folder
     result = workplace.tracked("show", "last", check=False)
 
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "error: there is no run 'last'" in result.stderr
     assert list(workplace.path.iterdir()) == []
 

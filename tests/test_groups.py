@@ -10,6 +10,7 @@ import tracked
 from tracked.errors import UsageError
 from tracked.freezing import freeze
 from tracked.loop import learning_rates
+from tracked.names import validate_key
 
 
 def network() -> nn.ModuleDict:
@@ -51,3 +52,11 @@ def test_what_is_frozen_is_left_out_unless_it_will_be_unfrozen() -> None:
 def test_a_pattern_that_means_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="no parameter goes by 'bakbone'"):
         tracked.param_groups(network(), weight_decay=0.1, lr={"bakbone": 1e-4})
+
+
+def test_a_rate_by_a_pattern_is_logged_under_a_name_that_mlflow_takes() -> None:
+    groups = tracked.param_groups(network(), weight_decay=0.0, lr={"back*": 1e-4})
+    rates = learning_rates(torch.optim.AdamW(groups, lr=1e-2))
+    for key in rates:
+        validate_key(key)
+    assert rates["lr/back"] == 1e-4

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 import tracked
 from tests.experiments import tiny
-from tests.trainings import Trained, fitting, train
+from tests.trainings import Trained, differing, fitting, nothing, train
 from tracked import loop
 from tracked.attempts import rehearse
 from tracked.data import Batches
@@ -399,3 +399,79 @@ def test_patience_in_vain_says_which_metrics_there_are(
 
     train(tmp_path, body, Settings(monitor="test/loss", patience=2))
     assert "patience waited for 'test/loss', which was never logged: there is test/los" in caplog.text
+
+
+class Temperature(nn.Module):
+    """A loss with something to learn of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs * self.scale, targets)
+
+
+def tempered(batch_size: int, accumulate: int) -> tracked.Task:
+    model, loss = nn.Linear(3, 1), Temperature()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.05, momentum=0.9)
+    changes = {"batch_size": batch_size, "accumulate": accumulate, "train_data": DATA}
+    return tracked.Task(model=model, loss=loss, optimizer=optimizer, **changes)  # type: ignore[arg-type]
+
+
+def test_a_loss_that_learns_is_trained_and_resumed_like_the_model(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, checkpoint_every=("1 steps",))
+    found = differing(tmp_path, fitting(lambda: tempered(4, 3)), settings)
+    assert found == nothing(found)
+    small = train(tmp_path, fitting(lambda: tempered(4, 3)), settings)
+    whole = train(tmp_path, fitting(lambda: tempered(12, 1)), settings)
+    scales = [float(each.last["loss_state_dict"]["scale"]) for each in (small, whole)]
+    assert scales[0] == pytest.approx(scales[1], rel=1e-5) != 1.0
+
+
+def test_what_the_optimizer_holds_and_nobody_saves_is_refused(tmp_path: Path) -> None:
+    def built() -> tracked.Task:
+        one = task()
+        one.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(7))]})
+        return one
+
+    with pytest.raises(UsageError, match=r"in neither model nor loss, of shapes \[\(7,\)\]"):
+        train(tmp_path, fitting(built), SETTINGS)
+
+
+def test_a_batch_that_weighs_nothing_counts_for_nothing(tmp_path: Path) -> None:
+    def step(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch
+        counts = inputs[:, 0] > threshold
+        return nn.functional.mse_loss(model(inputs)[counts], targets[counts]), counts.sum()
+
+    threshold = 0.9  # some batches of 2 have no such sample, and a mean over none is NaN
+    found = fitted(tmp_path, step=step, loss=None, batch_size=2, accumulate=11, val_data=None)
+    assert len(values(found, "train/loss")) == 2
+    threshold = 99.0
+    with pytest.raises(UsageError, match="all 11 batches of step 1 weigh nothing"):
+        fitted(tmp_path, step=step, loss=None, batch_size=2, accumulate=11, val_data=None)
+
+
+class Drawn(IterableDataset[tuple[Tensor, Tensor]]):
+    """Some of the samples, others in each pass."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        order = torch.randperm(len(DATA), generator=torch.Generator().manual_seed(self.passes))
+        return (DATA[index] for index in order.tolist()[:9])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"passes": self.passes}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.passes = state["passes"]
+
+
+def test_a_stream_to_validate_on_begins_anew_in_each_evaluation(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, checkpoint_every=("4 steps",), eval_every="3 steps")
+    found = differing(tmp_path, fitting(lambda: task(val_data=Drawn())), settings)
+    assert found == nothing(found)

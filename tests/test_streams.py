@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from torch.utils.data import (
 
 from tests.trainings import Body, differing, draw_everywhere, nothing, resume, train
 from tracked.attempts import rehearse
+from tracked.checkpoint import load
 from tracked.errors import UsageError
 from tracked.journal import Reader
+from tracked.names import FILE, folder_name
 from tracked.schedule import Settings
 from tracked.streams import Sampled, Stream, batches_of
 from tracked.tracking import Run
+from tracked.training import compare_states
 
 SETTINGS = Settings(epochs=3, checkpoint_every=("2 steps", "1 epoch"), keep_last=100, device="cpu")
 SAMPLES = 22
@@ -86,6 +90,60 @@ class Remembered(IterableDataset[tuple[Tensor, Tensor]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position, self.order = state["position"], list(state["order"])
         self.generator.set_state(state["generator"])
+
+
+class Exhausting(Remembered):
+    """Its state at the end is that of an exhausted one; iterating begins anew only then."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.position >= SAMPLES:
+            self.position = 0
+            if self.order:  # loaded: there is nothing behind the last sample
+                self.order = []
+                return
+        self.order = list(range(SAMPLES))
+        while self.position < SAMPLES:
+            self.position += 1
+            yield DATA[self.position - 1]
+        self.order = []
+
+
+class Shuffled(IterableDataset[tuple[Tensor, Tensor]]):
+    """A shuffle buffer, whose state refers to the buffer itself."""
+
+    def __init__(self) -> None:
+        self.buffer: list[int] = []
+        self.read = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while self.read < SAMPLES or self.buffer:
+            while self.read < SAMPLES and len(self.buffer) < 5:
+                self.buffer.append(self.read)
+                self.read += 1
+            yield DATA[self.buffer.pop(random.randrange(len(self.buffer)))]
+        self.read = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"buffer": self.buffer, "read": self.read}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.buffer, self.read = state["buffer"], state["read"]
+
+
+class Uneven:
+    """Batches of which an epoch has more or fewer."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return (4, 6, 3)[self.epoch % 3]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[number, number + 10] for number in range(len(self))])
 
 
 class Wandering(Sampler[int]):
@@ -161,6 +219,11 @@ EXACT: dict[str, Body] = {
     "a stream read by workers that stay": training(
         Remembered, lambda: {"num_workers": 2, "persistent_workers": True}
     ),
+    "a stream read by workers that stay, one of which ends early": training(
+        lambda: Remembered(uneven=True), lambda: {"num_workers": 2, "persistent_workers": True}
+    ),
+    "a stream with a buffer": training(Shuffled),
+    "a stream that is exhausted at its end": training(Exhausting),
     "a stream that is the same in each epoch": training(Lines, lambda: {"num_workers": 2}),
     "a sampler with a state": training(Augmented, lambda: {"sampler": Stateful()}),
     "a sampler with a state, and workers": training(
@@ -181,6 +244,37 @@ def test_a_resume_from_every_checkpoint_ends_in_the_same_bits(case: str, tmp_pat
     found = differing(tmp_path, EXACT[case], SETTINGS)
     assert found == nothing(found)
     assert len(found) > 4
+
+
+def test_the_epochs_of_a_sampler_may_have_more_or_fewer_batches(tmp_path: Path) -> None:
+    body = training(Augmented, lambda: {"batch_sampler": Uneven()})
+    found = differing(tmp_path, body, SETTINGS)
+    assert found == nothing(found)
+    trained = train(tmp_path, body, SETTINGS)
+    assert [step for key, step, _ in trained.points if key == "epoch"] == [4, 10, 13]
+
+
+def test_a_window_whose_batches_cannot_all_be_built_is_not_passed_over(tmp_path: Path) -> None:
+    class Unreadable(Augmented):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            drawn.append(index)
+            if len(drawn) == 18:
+                raise OSError("no such picture")
+            return super().__getitem__(index)
+
+    drawn: list[int] = []
+    broken = training(Unreadable, lambda: {"sampler": Stateful()}, accumulate=2)
+    settings = Settings(epochs=1, keep_last=100, device="cpu")
+    attempt = rehearse(tmp_path, {})
+    with pytest.raises(OSError, match="no such picture"), Run(attempt, settings) as run:
+        broken(run)
+    whole = train(tmp_path, training(Augmented, lambda: {"sampler": Stateful()}, accumulate=2), settings)
+    saved = load(attempt.folder.checkpoints / folder_name(2) / FILE)
+    assert (saved["batch"], saved["source"]["position"]) == (4, 16)
+    resumed = train(
+        tmp_path, training(Augmented, lambda: {"sampler": Stateful()}, accumulate=2), settings, saved
+    )
+    assert compare_states(resumed.last["model_state_dict"], whole.last["model_state_dict"])[1] == []
 
 
 def test_a_stream_resumed_without_its_state_is_missed(tmp_path: Path) -> None:
@@ -266,7 +360,10 @@ def test_what_does_not_go_together_is_refused(data: Any, loader: dict[str, Any],
         batches_of(data, batch_size=2, seed=0, loader=loader)
 
 
-def test_a_stream_in_the_middle_of_an_epoch_needs_as_many_workers(tmp_path: Path) -> None:
+def test_a_stream_needs_as_many_workers_as_before(tmp_path: Path) -> None:
     straight = train(tmp_path, EXACT["a stream read by two workers"], SETTINGS)
     with pytest.raises(UsageError, match="the data has changed: streams"):
         train(tmp_path, EXACT["a stream"], SETTINGS, straight.state(2))
+    ends = [step for key, step, _ in straight.points if key == "epoch"]
+    with pytest.raises(UsageError, match="read by 2 workers, and is to be read by 1"):
+        train(tmp_path, EXACT["a stream"], SETTINGS, straight.state(ends[0]))

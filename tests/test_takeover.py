@@ -542,3 +542,19 @@ def test_an_override_killed_before_its_first_checkpoint_is_gone_on_with(site: Si
     client.set_tag(straight, "mlflow.tracked.override", '{"step": 10, "par')  # cut, or edited
     site.nursery.run(home, "resume", straight, "lr=0.5", "--max-steps", "31")
     assert assert_whole(site.uri, run_id) == assert_whole(site.uri, straight)
+
+
+def test_patience_that_comes_with_a_resume_elsewhere_finds_the_best_weights(
+    site: Site, home: Workplace, away: Workplace
+) -> None:
+    text = SCHEDULED + LOOPS["the thin loop"].replace("train_data=DATA", "train_data=DATA, val_data=DATA")
+    file = home.experiment(text, "patient.py")
+    away.experiment(text, "patient.py")
+    line = ("--epochs", "3", "--min-delta", "1e6", "--keep-last", "1", "--json")
+    run_id = site.nursery.run(home, "train", file, *line).json["run_id"]
+
+    result = site.nursery.run(away, "resume", run_id, "--epochs", "9", "--patience", "3", "--json").json
+
+    assert (result["state"], result["epoch"]) == ("stopped_early", 4)
+    found = assert_whole(site.uri, run_id)
+    assert found["best/val/loss"] == [(16, found["val/loss"][0][1])]

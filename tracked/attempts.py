@@ -161,8 +161,6 @@ def take_over(
         # From here on nobody else adds points, so what stands there now is all there will be.
         seen, view = view, ask(lambda: server.get_run(view.run_id))
         state = ask(lambda: restore(server, view, folder, say))
-        if state["settings"].get("patience"):
-            _fetch_best(server, view, folder, state["stopping"]["best_step"], say)
         replay = ask(lambda: _beyond(server, view, state["points"]["last"]))
     except BaseException:
         lock.release()
@@ -350,13 +348,17 @@ def restore(
     )
 
 
-def _fetch_best(server: Server, view: RunView, folder: RunFolder, step: int, say: Say) -> None:
+def fetch_best(place: Place, view: RunView, attempt: Attempt, say: Say) -> None:
     """Have the best checkpoint here, whose weights are restored when patience is out."""
-    path = folder.checkpoints / folder_name(step) / FILE
-    if step == 0 or path.exists():
+    from tracked.server import Server
+
+    assert attempt.restored is not None
+    step = attempt.restored["stopping"]["best_step"]
+    if step in (0, attempt.restored["step"]):
         return
+    server = Server(place.tracking_uri, create=False)
     try:
-        restore(server, view, folder, say, step=step)
+        Asking(say, 60.0)(lambda: restore(server, view, attempt.folder, say, step=step))
     except (CheckpointError, ServerError) as error:
         say(f"the best checkpoint, of step {step}, cannot be fetched: {error.found}")
 

@@ -37,7 +37,7 @@ def param_groups(
         for pattern in reversed(list(lr or {}))
         for each in matching(model, [pattern]).values()
     }
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[tuple[str | None, bool], dict[str, Any]] = {}
     for parameter in model.parameters():
         if id(parameter) not in wanted:
             continue
@@ -47,5 +47,5 @@ def param_groups(
         options = {"name": name, "params": [], "weight_decay": weight_decay if decays else 0.0}
         if lr is not None and pattern is not None:
             options["lr"] = lr[pattern]
-        groups.setdefault(name, options)["params"].append(parameter)
+        groups.setdefault((pattern, decays), options)["params"].append(parameter)
     return list(groups.values())

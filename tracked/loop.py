@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from tracked.points import scalar
 from tracked.schedule import Due, Interval, Settings
 from tracked.seeding import derive, preserved_generators, seed_generators
 from tracked.state import uncompiled
-from tracked.streams import Stream, batches_of
+from tracked.streams import Stream, batches_of, rewound
 from tracked.tracking import Run, not_finite
 
 DEFAULT_EPOCHS = 10
@@ -66,6 +67,11 @@ def fit(task: Task, run: Run) -> None:
     )
 
     parts = {"model": task.model, "optimizer": task.optimizer, "scheduler": task.scheduler}
+    if isinstance(task.loss, torch.nn.Module):
+        task.loss.to(device)
+        if any(True for _ in task.loss.parameters()):
+            parts = {"loss": task.loss, **parts}
+    _check_saved(task)
     run.attach(**{name: part for name, part in parts.items() if part is not None})
     run.attach(scaler=scaler, running_loss=window_loss, **_stateful_metrics(task))
     run.require_finite("train/loss")
@@ -162,6 +168,10 @@ def train_step(
         with _autocast(task.precision, device):
             loss, weight = _loss(task, batch)
         if len(window) > 1:
+            if isinstance(weight, torch.Tensor):
+                weight = weight.item() if weight.is_cpu else weight.reshape(())
+            if isinstance(weight, float | int) and weight == 0:
+                continue  # a mean over nothing
             # Relative to the first, so that a half precision has room for them.
             first = weight if first is None else first
             shares.append(weight / first)
@@ -170,9 +180,16 @@ def train_step(
             raise not_finite(run.step, loss.item())
         scaler.scale(loss).backward()
         parts.append(loss.detach())
+    if not parts:
+        raise UsageError(
+            f"all {len(window)} batches of step {run.step} weigh nothing",
+            expected="step(model, batch) -> (loss, weight), with a weight above 0 in each window",
+        )
     if len(window) > 1:
         # What the window weighs in all is known only now.
-        gradients = [each.grad for each in task.model.parameters() if each.grad is not None]
+        held = [each for group in task.optimizer.param_groups for each in group["params"]]
+        parameters = {id(each): each for each in (*task.model.parameters(), *held)}.values()
+        gradients = [each.grad for each in parameters if each.grad is not None]
         torch._foreach_div_(gradients, sum(shares))
     if task.clip_norm is not None:
         scaler.unscale_(task.optimizer)
@@ -223,7 +240,7 @@ def _evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
         seed = derive(run.settings.seed, "eval", run.step, name)
         seed_generators(seed)
         batches = batches_of(
-            data,  # type: ignore[arg-type]
+            rewound(data),  # type: ignore[arg-type]
             batch_size=task.batch_size,
             seed=seed,
             shuffle=False,
@@ -309,6 +326,22 @@ def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContex
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
+def _check_saved(task: Task) -> None:
+    """See that whatever trains is saved.
+
+    Raises:
+        UsageError: The optimizer holds parameters that are neither the model's nor the loss's.
+    """
+    modules = [each for each in (task.model, task.loss) if isinstance(each, torch.nn.Module)]
+    known = {id(parameter) for module in modules for parameter in module.parameters()}
+    held = [each for group in task.optimizer.param_groups for each in group["params"]]
+    if lost := [tuple(each.shape) for each in held if id(each) not in known]:
+        raise UsageError(
+            f"the optimizer holds {len(lost)} parameters that are in neither model nor loss, of shapes {lost[:3]}",
+            expected="all that trains in the model, or in a loss that is a module: nothing else is saved",
+        )
+
+
 def _check_precision(precision: str, device: torch.device) -> None:
     if precision == "fp32":
         return
@@ -373,7 +406,10 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     if all(rate == rates[0] for rate in rates):
         return {"lr": rates[0]}
-    names = [str(group.get("name", number)) for number, group in enumerate(optimizer.param_groups)]
+    # Without what MLflow refuses in the name of a metric.
+    names = [re.sub(r"[^\w\-. ]", "", str(group.get("name", ""))) for group in optimizer.param_groups]
+    if "" in names or len({*names}) < len(names):
+        names = [str(number) for number in range(len(rates))]
     return {f"lr/{name}": rate for name, rate in zip(names, rates, strict=True)}
 
 

@@ -277,9 +277,12 @@ def _replay(scheduler: LRScheduler, before: LRScheduler, after: LRScheduler) -> 
     count = _count(scheduler)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no optimizer made a step
-        for _ in range(count):
-            before.step()
-            after.step()
+        try:
+            for _ in range(count):
+                before.step()
+                after.step()
+        except ValueError:  # such as one cycle, which ends before
+            return False
     reached = zip(before.optimizer.param_groups, scheduler.get_last_lr(), strict=True)
     if not all(math.isclose(float(group["lr"]), float(rate), rel_tol=1e-6) for group, rate in reached):
         return False

@@ -6,10 +6,12 @@ after each batch. Loaders run ahead of the training, so that state travels with 
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -106,8 +108,8 @@ class Sampled(Batches):
 
     @property
     def length(self) -> int | None:
-        if not hasattr(self._sampler, "__len__"):
-            return None
+        if not _is_torchs_own(self._sampler):
+            return None  # it may be another one in each epoch
         count = len(self._sampler)
         if self._gives_batches:
             return count
@@ -116,7 +118,7 @@ class Sampled(Batches):
     def restore(self, state: Any) -> None:
         self.state = state  # of a checkpoint that is taken before the first batch
         if self._stateful and state is not None:
-            self._sampler.load_state_dict(state)
+            self._sampler.load_state_dict(copy.deepcopy(state))
 
     def probe(self) -> Any:
         return self._sampler.state_dict() if self._stateful else None
@@ -135,7 +137,7 @@ class Sampled(Batches):
                     generator.manual_seed(seed)
             # At once: later the generators are the training's.
             drawn = list(self._sampler)
-        yield from islice(self._in_batches(drawn), start, None)
+        yield from self._remembered(islice(self._in_batches(drawn), start, None))
 
     def _in_batches(self, drawn: Iterable[Any]) -> Iterator[np.ndarray]:
         if self._gives_batches:
@@ -151,18 +153,17 @@ class Sampled(Batches):
         self._drawn.clear()
         batch = next(batches, None)
         while batch is not None:
-            state = self._sampler.state_dict()
+            state = copy.deepcopy(self.probe())  # it may refer to what the next batch changes
             following = next(batches, None)
-            self._drawn.append(
-                (self._sampler.state_dict() if following is None else state, following is None)
-            )
+            if following is None:
+                state = copy.deepcopy(self.probe())
+            self._drawn.append((state, following is None))
             yield batch
             batch = following
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         for batch in super().epoch(epoch, start):
-            if self._stateful:
-                self.state, self.at_end = self._drawn.popleft()
+            self.state, self.at_end = self._drawn.popleft()
             yield batch
 
 
@@ -219,8 +220,21 @@ class Stream:
         return {"batch_size": self.batch_size, "streams": self._workers}
 
     def restore(self, state: Any) -> None:
-        """Go on behind the batch after which `state` was taken."""
+        """Go on behind the batch after which `state` was taken.
+
+        Raises:
+            UsageError: Another number of workers read the stream.
+        """
         self.state = state
+        if state is None or len(state["places"]) == self._workers:
+            return
+        if self.is_exact:
+            raise UsageError(
+                f"the stream was read by {len(state['places'])} workers, and is to be read by {self._workers}",
+                expected="as many: each of them stands elsewhere in a stream of its own",
+                try_next=f'loader={{"num_workers": {len(state["places"])}}}',
+            )
+        self.state = None  # at the beginning of an epoch, where there is nothing to skip
 
     def probe(self) -> Any:
         """A state such as will be saved, to find out early whether it can be."""
@@ -288,17 +302,16 @@ class _Reading(IterableDataset[Any]):
             yield worker, _FILLER, None, None  # another worker's batch comes first
         stateful = _has_state(self.dataset)
         if stateful and state is not None:
-            self.dataset.load_state_dict(state)  # type: ignore[attr-defined]
-        if count == _ENDED:
-            yield worker, _END, None, [_ENDED, state]
-            return
-        with one_thread():
-            seed_generators(derive(self.seed, self.stream, self.epoch, worker, "start"))
-            samples = iter(self.dataset)
-        for number in range(count if stateful else 0, 1 << 62):
+            self.dataset.load_state_dict(copy.deepcopy(state))  # type: ignore[attr-defined]
+        samples = iter(()) if count == _ENDED else self._samples(worker)
+        for number in range(max(count, 0) if stateful else 0, 1 << 62):
             with one_thread():
                 seed_generators(derive(self.seed, self.stream, self.epoch, worker, number))
                 batch = list(islice(samples, self.batch_size))
+                if not batch and state is not None and number == count == 0:
+                    # The state is that of an exhausted data set, which begins anew when it is asked again.
+                    samples = iter(self.dataset)
+                    batch = list(islice(samples, self.batch_size))
                 if len(batch) == self.batch_size or (batch and not self.drop_last):
                     # A short one has met the end, and the state after it is that of the next epoch.
                     done = number + 1 if len(batch) == self.batch_size else _ENDED
@@ -310,8 +323,26 @@ class _Reading(IterableDataset[Any]):
         self.places, self.turn = [], 0
         yield worker, _END, None, [_ENDED, self._said(stateful)]
 
+    def _samples(self, worker: int) -> Iterator[Any]:
+        with one_thread():
+            seed_generators(derive(self.seed, self.stream, self.epoch, worker, "start"))
+            return iter(self.dataset)
+
     def _said(self, stateful: bool) -> Any:
-        return self.dataset.state_dict() if stateful else None  # type: ignore[attr-defined]
+        # A copy, because it may refer to what the next batch changes.
+        return copy.deepcopy(self.dataset.state_dict()) if stateful else None  # type: ignore[attr-defined]
+
+
+_beginnings: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def rewound(dataset: Dataset[Any]) -> Dataset[Any]:
+    """The data set, set back to where it stood when it first came here, if it is a stream that can be."""
+    if isinstance(dataset, IterableDataset) and _has_state(dataset):
+        if dataset not in _beginnings:
+            _beginnings[dataset] = copy.deepcopy(dataset.state_dict())  # type: ignore[attr-defined]
+        dataset.load_state_dict(copy.deepcopy(_beginnings[dataset]))  # type: ignore[attr-defined]
+    return dataset
 
 
 def _has_state(thing: Any) -> bool:

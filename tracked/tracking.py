@@ -101,6 +101,7 @@ class Run:
         self._epoch_start, self._epoch_end = 0, math.inf
         self._accumulate = 0
         self._source: Batches | Stream | None = None
+        self._place: Any = None
         self._parts = Parts()
         # The one thing that a step between two due ones looks at.
         self._next_due = 0.0
@@ -346,6 +347,7 @@ class Run:
             try:
                 for item in grouped(batches.epoch(self.epochs_done, self._batch)):
                     self.step += 1
+                    self._place = batches.state  # not that of a window whose batches cannot all be built
                     # Else who builds the batches, main process or worker, would decide what the step draws.
                     if draws:
                         seed_generators(next(step_seeds))
@@ -611,6 +613,7 @@ class Run:
             self._check_data(self._restored, data)
             if self._source is not None:
                 self._source.restore(self._restored.get("source"))
+                self._place = self._source.state
             self._compare_environment(self._restored)
             restore_determinism(self._restored["determinism"])
             restore_generators(self._restored["generators"])
@@ -720,7 +723,7 @@ class Run:
             "environment": self._environment(),
             "points": points,
             "state": self.state,
-            "source": None if self._source is None else self._source.state,
+            "source": self._place,
             "stopping": self.stopping.state_dict(),
             "overfitting": self.overfitting.state_dict(),
             "checkpoints": self._kept(),

@@ -20,7 +20,7 @@ import torch
 
 from tracked import experiment as experiments
 from tracked import loop, params, provenance
-from tracked.attempts import Asking, begin, drain, pointed, rehearse, take_over, watch
+from tracked.attempts import Asking, begin, drain, fetch_best, pointed, rehearse, take_over, watch
 from tracked.checkpoint import load
 from tracked.deferred_compiler import defer_compiler
 from tracked.errors import CheckpointError, UsageError
@@ -233,6 +233,8 @@ def resume(word: str, request: Request) -> Run:
         assert attempt.restored is not None
         new, settings, override, standing = _continued(experiment, request, attempt.restored, view)
         _refuse_beyond(attempt, override, standing, _fork_line(attempt, word, *_typed(request)))
+        if settings.patience is not None:
+            fetch_best(request.place, view, attempt, request.progress.say)
     except BaseException:
         attempt.lock.release()
         raise
@@ -514,7 +516,8 @@ def _differing(override: Mapping[str, Any], standing: Mapping[str, Any]) -> set[
         }
     # Of a value that is not told nobody can say whether it is the same; the recomputed points will.
     untold = {name for name, pair in override["params"].items() if not isinstance(pair, list)}
-    return differing | untold.difference(standing["params"])
+    unasked = {name for name, pair in standing["params"].items() if not isinstance(pair, list)} - untold
+    return differing | untold.difference(standing["params"]) | unasked
 
 
 def _refuse_beyond(
@@ -685,12 +688,15 @@ def resume_run(
         TrackedError: See `attempts.take_over`.
     """
     shown = _progress(progress)
-    attempt, view = take_over(Place.choose(tracking_uri, spool_dir), run_id, shown.say)
+    place = Place.choose(tracking_uri, spool_dir)
+    attempt, view = take_over(place, run_id, shown.say)
     try:
         assert attempt.restored is not None
         present, chosen, override, standing = _continued_script(params, settings, attempt.restored, view)
         script = Path(view.tags.get("mlflow.source.name") or "SCRIPT.py").name
         _refuse_beyond(attempt, override, standing, _fork_line(attempt, run_id, "--", "python", script))
+        if chosen.patience is not None:
+            fetch_best(place, view, attempt, shown.say)
         attempt.params, attempt.overridden = present, bool(override["params"])
     except BaseException:
         attempt.lock.release()
