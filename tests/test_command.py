@@ -63,7 +63,9 @@ def test_a_training_is_paused_from_another_machine_and_resumed_to_the_same_bits(
     assert f"run {run_id} is finished: nobody is training it" in refused.stderr
 
 
-def test_a_tag_set_in_mlflows_interface_stops_a_training(workplace: Workplace, nursery: Nursery) -> None:
+def test_a_tag_set_in_mlflows_interface_and_a_command_that_is_not_waited_for_stop_a_training(
+    workplace: Workplace, nursery: Nursery
+) -> None:
     workplace.experiment(EXPERIMENT)
     trainer, run_id = slow_training(workplace, nursery)
 
@@ -74,18 +76,9 @@ def test_a_tag_set_in_mlflows_interface_stops_a_training(workplace: Workplace, n
     view = Server(workplace.tracking_uri).get_run(run_id)
     assert (view.status, view.tags[STATE], view.tags[STOP_REASON]) == ("KILLED", "stopped", "asked to stop")
 
-
-def test_a_command_that_is_not_waited_for_is_obeyed_all_the_same(
-    workplace: Workplace, nursery: Nursery
-) -> None:
-    workplace.experiment(EXPERIMENT)
     trainer, run_id = slow_training(workplace, nursery)
-
-    assert workplace.tracked("stop", "last", "--no-wait", "--json").json == {
-        "run_id": run_id,
-        "state": "running",
-    }
-
+    asked = workplace.tracked("stop", "last", "--no-wait", "--json").json
+    assert asked == {"run_id": run_id, "state": "running"}
     assert trainer.wait().json["state"] == "stopped"
 
 

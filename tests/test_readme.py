@@ -97,7 +97,7 @@ def test_what_the_first_screen_shows_is_true(folder: Path) -> None:
     run_id = (folder / "run-id").read_text().strip()
     resumed = re.search(rf"run {run_id} goes on from step (\d+)", output)
     assert resumed, output
-    assert "finished at step 17280 (epoch 48)" in output
+    assert "finished at step 8640 (epoch 24)" in output
     assert f"resumed from step {resumed[1]}; " in output
     assert "points of 5 metrics, each (metric, step) once" in output
     assert "wrong  " not in output
