@@ -40,7 +40,8 @@ class Task:
     Attributes:
         model: The module to train. Parameters of any floating dtype; `precision` does not change them.
         loss: `loss(outputs, targets)` → scalar tensor (shape `[]`, floating dtype), the mean over the batch.
-            `outputs` is what `model(inputs)` returns. None only where `step` is given.
+            `outputs` is what `model(inputs)` returns. A module with parameters of its own is trained and saved
+            with the model, if the optimizer holds them. None only where `step` is given.
         optimizer: Over parameters of `model`.
         train_data: A data set: `len()` and indices, or an `IterableDataset`. Not a `DataLoader`.
         val_data: A data set, or a mapping of names to data sets; None: no evaluation.

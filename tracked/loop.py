@@ -18,7 +18,7 @@ from tracked.errors import SpoolError, UsageError
 from tracked.experiment import Task
 from tracked.freezing import check_schedule, check_trains, table, train_mode, unfreeze_until
 from tracked.points import scalar
-from tracked.schedule import Due, Interval, Settings
+from tracked.schedule import Due, Interval
 from tracked.seeding import derive, preserved_generators, seed_generators
 from tracked.state import uncompiled
 from tracked.streams import Stream, batches_of, rewound
@@ -69,7 +69,7 @@ def fit(task: Task, run: Run) -> None:
     parts = {"model": task.model, "optimizer": task.optimizer, "scheduler": task.scheduler}
     if isinstance(task.loss, torch.nn.Module):
         task.loss.to(device)
-        if any(True for _ in task.loss.parameters()):
+        if list(task.loss.parameters()):
             parts = {"loss": task.loss, **parts}
     _check_saved(task)
     run.attach(**{name: part for name, part in parts.items() if part is not None})
@@ -88,8 +88,6 @@ def fit(task: Task, run: Run) -> None:
     )
     begun = 0
     for window in windows:
-        if not begun and task.val_data is not None:
-            _check_evaluated(settings, run)
         if run.epoch != begun:
             _begin_epoch(task, run, first=not begun)
             begun = run.epoch
@@ -124,6 +122,8 @@ def _begin_epoch(task: Task, run: Run, *, first: bool) -> None:
     Args:
         first: Whether it is the first of this process.
     """
+    if first and task.val_data is not None:
+        _check_evaluated(run)
     due = run.epoch in task.unfreeze
     # With a batch an epoch this is the way of every step: what changes nothing is passed over.
     if first or due or not all(module.training for module in task.model.modules()):
@@ -360,12 +360,13 @@ def _check_precision(precision: str, device: torch.device) -> None:
         )
 
 
-def _check_evaluated(settings: Settings, run: Run) -> None:
+def _check_evaluated(run: Run) -> None:
     """Say before the first step that no evaluation will come.
 
     Raises:
         UsageError: Patience waits for one.
     """
+    settings = run.settings
     every = Interval.parse(settings.eval_every)
     last = run.total_steps if every.unit == "step" else settings.epochs
     if last is None or every.every <= last:

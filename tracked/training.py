@@ -425,11 +425,10 @@ def _standing_override(view: RunView, step: int) -> dict[str, Any]:
     An attempt that was killed before its first own checkpoint has logged points with it.
     """
     tag = _from_tag(view, OVERRIDE)
-    kinds = {kind: tag.get(kind) for kind in ("params", "settings")}
     if tag.get("step") != step:
-        kinds = {}
+        tag = {}
     return {
-        kind: value if isinstance(value := kinds.get(kind), dict) else {} for kind in ("params", "settings")
+        kind: value if isinstance(value := tag.get(kind), dict) else {} for kind in ("params", "settings")
     }
 
 
@@ -508,12 +507,13 @@ def _changed_settings(
 def _differing(override: Mapping[str, Any], standing: Mapping[str, Any]) -> set[str]:
     """What would not be as it was when the points beyond the checkpoint were logged."""
     asked, known = _new_values(override), _new_values(standing)
-    differing: set[str] = set()
-    for kind, told in asked.items():
-        both = told.keys() & known[kind].keys()
-        differing |= (told.keys() ^ known[kind].keys()) | {
-            name for name in both if told[name] != known[kind][name]
-        }
+    differing = {
+        name
+        for kind in asked
+        for name in asked[kind].keys() | known[kind].keys()
+        # A value may be None, which is not the same as none.
+        if name not in asked[kind] or name not in known[kind] or asked[kind][name] != known[kind][name]
+    }
     # Of a value that is not told nobody can say whether it is the same; the recomputed points will.
     untold = {name for name, pair in override["params"].items() if not isinstance(pair, list)}
     unasked = {name for name, pair in standing["params"].items() if not isinstance(pair, list)} - untold
