@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -36,10 +36,9 @@ from benchmarks.measure import (
     mlflow_server,
     table,
 )
-from benchmarks.overhead import now
+from benchmarks.overhead import BATCH, lightning_epoch, now
 from experiments.mnist import SimpleNet
 
-BATCH = 64
 STEPS = {"SimpleNet": 938, "ResNet-18": 12}
 AT_LEAST_AS_FAST = 1.0
 
@@ -109,48 +108,7 @@ def thin_loop(model: str, steps: int, address: str | None, spool: Path) -> float
 
 
 def lightning(model: str, steps: int, address: str | None) -> float:
-    import lightning.pytorch as pl
-    from lightning.pytorch.loggers import MLFlowLogger
-
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.optimizer = built(model)
-
-        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-            x, y = batch
-            loss = functional.cross_entropy(self.net(x), y)
-            if address is not None:
-                self.log("train/loss", loss)
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return self.optimizer
-
-    class Clock(pl.Callback):
-        start = end = 0.0
-
-        def on_train_start(self, *_: object) -> None:
-            self.start = now()
-
-        def on_train_end(self, *_: object) -> None:
-            self.end = time.perf_counter()
-
-    clock = Clock()
-    logger = False if address is None else MLFlowLogger(experiment_name="bench", tracking_uri=address)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        logger=logger,
-        log_every_n_steps=1,
-        callbacks=[clock],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Module(), DataLoader(samples(model, steps), batch_size=BATCH, shuffle=True))
-    return clock.end - clock.start
+    return lightning_epoch(*built(model), samples(model, steps), address)[0]
 
 
 def accelerated(model: str, steps: int, address: str | None) -> float:
