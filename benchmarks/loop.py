@@ -4,6 +4,8 @@ A small step (SimpleNet on vectors of 784) shows what a loop costs by itself; a 
 of 32×32) what is left of that. Every row trains the same model with Adam on the same shuffled batches of 64.
 "With tracking" logs the loss at every step to a real server: `tracked` its own way, the others with what they
 bring for MLflow. Timed is the training of one epoch; what exists before it is made before the clock starts.
+The smallest step of all is `experiments/iris.py`'s: there it is the whole batch of 120 flowers for 4,000 epochs,
+with the intervals that the file proposes, against the same loop bare.
 `OMP_NUM_THREADS=1` keeps threads from waiting for each other on two cores.
 """
 
@@ -37,10 +39,13 @@ from benchmarks.measure import (
     table,
 )
 from benchmarks.overhead import BATCH, lightning_epoch, now
+from experiments import iris
 from experiments.mnist import SimpleNet
 
 STEPS = {"SimpleNet": 938, "ResNet-18": 12}
+MODELS = (*STEPS, "iris")
 AT_LEAST_AS_FAST = 1.0
+IRIS_EPOCHS, IRIS_LIMIT = 4000, 1.3
 
 
 @functools.lru_cache(maxsize=2)
@@ -73,6 +78,47 @@ def by_hand(model: str, steps: int) -> float:
         functional.cross_entropy(network(x), y).backward()
         optimizer.step()
     return time.perf_counter() - start
+
+
+def bare_iris(epochs: int) -> float:
+    """The experiment's training with nothing around it, evaluated every 200 epochs."""
+    task = iris.build(iris.Params())
+    (x, y), (val_x, val_y) = (data.tensors for data in iris.load())
+    start = now()
+    for epoch in range(1, epochs + 1):
+        task.optimizer.zero_grad()
+        functional.cross_entropy(task.model(x), y).backward()
+        task.optimizer.step()
+        if epoch % 200 == 0:
+            with torch.inference_mode():
+                outputs = task.model(val_x)
+                functional.cross_entropy(outputs, val_y).item()
+                iris.accuracy(outputs, val_y).item()
+    return time.perf_counter() - start
+
+
+def tracked_iris(address: str, spool: Path, epochs: int) -> float:
+    """The same as its experiment file is trained, with the intervals of the line in it."""
+    import tracked
+    from tracked.loop import fit
+
+    run = tracked.start(
+        "iris",
+        tracking_uri=address,
+        spool_dir=spool,
+        epochs=epochs,
+        log_every=10,
+        eval_every="200 epochs",
+        patience=50,
+        checkpoint_every="2000 epochs",
+        device="cpu",
+        progress=False,
+    )
+    with run:
+        task = iris.build(iris.Params())
+        start = now()
+        fit(task, run)
+        return time.perf_counter() - start
 
 
 def thin_loop(model: str, steps: int, address: str | None, spool: Path) -> float:
@@ -147,8 +193,8 @@ TITLES = {
 }
 
 
-def measure(repeat: int, models: Sequence[str] = tuple(STEPS), only: Sequence[str] = ()) -> list[Row]:
-    """All rows of each model, or those named in `only`, each measured `repeat` times."""
+def measure(repeat: int, models: Sequence[str] = MODELS, only: Sequence[str] = ()) -> list[Row]:
+    """All rows of each model, or those named in `only` (not of iris, which has two), `repeat` times each."""
     os.environ["TRACKED_SENDER_IDLE"] = "600"  # else it would leave while the others have their turns
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         spool = Path(name) / "spool"
@@ -169,7 +215,28 @@ def measure(repeat: int, models: Sequence[str] = tuple(STEPS), only: Sequence[st
             "accelerate-mlflow": apart(accelerated, address),
         }
         calls = {name: call for name, call in calls.items() if not only or name in only}
-        return [row for model in models for row in _rows(model, _timed(model, calls, repeat))]
+        rows = [
+            row for model in models if model in STEPS for row in _rows(model, _timed(model, calls, repeat))
+        ]
+        return rows if "iris" not in models else [*rows, *_iris_rows(repeat, address, spool)]
+
+
+def _iris_rows(repeat: int, address: str, spool: Path) -> list[Row]:
+    with fresh_process() as bare, fresh_process() as ours:
+
+        def seconds(epochs: int) -> dict[str, Callable[[], float]]:
+            return {
+                "bare": lambda: bare.submit(bare_iris, epochs).result(),
+                "tracked": lambda: ours.submit(tracked_iris, address, spool, epochs).result(),
+            }
+
+        in_turn(seconds(200), {"bare": 1, "tracked": 1})
+        found = in_turn(seconds(IRIS_EPOCHS), {"bare": repeat, "tracked": repeat})
+    ratio = median_ratio(found["tracked"], found["bare"])
+    return [
+        Row("iris: the bare loop", found["bare"]),
+        Row("iris: tracked", found["tracked"], comparisons=[Comparison("bare", ratio, IRIS_LIMIT)]),
+    ]
 
 
 def _timed(model: str, calls: dict[str, Callable[[str, int], float]], repeat: int) -> dict[str, list[float]]:
@@ -195,7 +262,7 @@ def _rows(model: str, seconds: dict[str, list[float]]) -> Iterator[Row]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loop", description=__doc__)
     parser.add_argument("--repeat", type=int, default=5, help="repetitions of every row")
-    parser.add_argument("--models", nargs="+", choices=STEPS, default=tuple(STEPS), help="these alone")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="these alone")
     parser.add_argument("--only", nargs="+", choices=TITLES, default=(), help="measure these rows alone")
     options = parser.parse_args(arguments)
     where = machine()
