@@ -87,14 +87,17 @@ def fit(task: Task, run: Run) -> None:
         loader=options,
     )
     begun = 0
+    modules = [*task.model.modules()]
     for window in windows:
         if run.epoch != begun:
-            _begin_epoch(task, run, first=not begun)
+            _begin_epoch(task, run, modules, first=not begun)
             begun = run.epoch
         rates = learning_rates(task.optimizer)
         loss = train_step(task, scaler, [to_device(batch, device) for batch in window], device, run)
-        window_loss.update(loss)
-        run.overfitting.add(loss.item() if loss.is_cpu else loss.double())
+        # On CUDA it is not read before it has to be: reading waits for the device.
+        value = loss.item() if loss.is_cpu else loss.double()
+        window_loss.update(value)
+        run.overfitting.add(value)
         if settings.logs_at(run.step):
             run.log({"train/loss": window_loss.take(), **run.changed(rates)})
         if task.scheduler is not None and task.scheduler_interval == "step":
@@ -116,17 +119,18 @@ def fit(task: Task, run: Run) -> None:
         uncompiled(task.model).load_state_dict(best["model_state_dict"])
 
 
-def _begin_epoch(task: Task, run: Run, *, first: bool) -> None:
+def _begin_epoch(task: Task, run: Run, modules: Sequence[torch.nn.Module], *, first: bool) -> None:
     """Unfreeze what is due and set the modes, which is cheaper than in each step; show what trains when that changes.
 
     Args:
+        modules: All of the model: to list them costs more than to look at them.
         first: Whether it is the first of this process.
     """
     if first and task.val_data is not None:
         _check_evaluated(run)
     due = run.epoch in task.unfreeze
     # With a batch an epoch this is the way of every step: what changes nothing is passed over.
-    if first or due or not all(module.training for module in task.model.modules()):
+    if first or due or not all(module.training for module in modules):
         unfreeze_until(run.epoch, task.model, task.unfreeze)
         train_mode(task.model)
     if due or (first and (task.unfreeze or not all(each.requires_grad for each in task.model.parameters()))):
@@ -168,6 +172,7 @@ def train_step(
         with _autocast(task.precision, device):
             loss, weight = _loss(task, batch)
         if len(window) > 1:
+            weight = size(batch) if weight is None else weight
             if isinstance(weight, torch.Tensor):
                 weight = weight.item() if weight.is_cpu else weight.reshape(())
             if isinstance(weight, float | int) and weight == 0:
@@ -298,19 +303,19 @@ def _measure(task: Task, loader: Iterator[Any], device: torch.device) -> dict[st
 def _judge(task: Task, batch: Any) -> tuple[dict[str, Any], Any, Any, Any]:
     if task.step is not None:
         loss, weight = _loss(task, batch)
-        return {"loss": loss}, weight, None, None
+        return {"loss": loss}, size(batch) if weight is None else weight, None, None
     outputs, targets = _forward(task, batch)
     assert task.loss is not None
     return {"loss": task.loss(outputs, targets)}, size(batch), outputs, targets
 
 
 def _loss(task: Task, batch: Any) -> tuple[torch.Tensor, Any]:
-    """The mean loss of a batch, and what it weighs."""
+    """The mean loss of a batch, and what it weighs; None if that is its number of samples."""
     if task.step is not None:
         result = task.step(task.model, batch)
-        return result if isinstance(result, tuple) else (result, size(batch))
+        return result if isinstance(result, tuple) else (result, None)
     assert task.loss is not None
-    return task.loss(*_forward(task, batch)), size(batch)
+    return task.loss(*_forward(task, batch)), None
 
 
 def _forward(task: Task, batch: Any) -> tuple[Any, Any]:
@@ -438,14 +443,14 @@ class _Mean:
     """The mean of the losses since the last logged one; a single loss goes through untouched."""
 
     def __init__(self) -> None:
-        self.total: torch.Tensor | None = None
+        self.total: float | torch.Tensor | None = None
         self.count = 0
 
-    def update(self, loss: torch.Tensor) -> None:
+    def update(self, loss: float | torch.Tensor) -> None:
         self.total = loss if self.total is None else self.total + loss
         self.count += 1
 
-    def take(self) -> torch.Tensor:
+    def take(self) -> float | torch.Tensor:
         assert self.total is not None
         mean = self.total if self.count == 1 else self.total / self.count
         self.total, self.count = None, 0
