@@ -147,6 +147,8 @@ def _carry_out(order: dict[str, Any]) -> int:
     for number, path in ((1, order["output"]), (2, order["output"].removesuffix(".out") + ".err")):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     failpoints._remaining.update(failpoints._armed())
+    if "KILLED_AT_STEP" in os.environ:
+        _die_at(int(os.environ["KILLED_AT_STEP"]))
     sys.argv = ["tracked", *order["args"]]
     try:
         if order["args"][0] == _SENDER:
@@ -157,6 +159,23 @@ def _carry_out(order: dict[str, Any]) -> int:
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else int(left.code is not None)
     return 0
+
+
+def _die_at(last: int) -> None:
+    """End this process by SIGKILL when it logs at step `last`, once the server has a checkpoint and those points."""
+    from tracked.tracking import Run
+
+    log = Run.log
+
+    def fatal(self: Run, values: Mapping[str, Any], step: int | None = None) -> None:
+        log(self, values, step)
+        if self.step >= last:
+            folder, known = self._attempt.folder, self.resumed_from or 0
+            wait_until(lambda: folder.about.get("committed", 0) > known, "a checkpoint")
+            wait_until(lambda: self.pending() == 0, "all points on the server")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.log = fatal  # type: ignore[method-assign]
 
 
 def _serve(orders: IO[str], answers: IO[str]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from tests.nursery import Nursery
 from tests.processes import ROOT, Workplace
-from tests.proofs import artifact, assert_same_training, curves, runs, state
+from tests.proofs import artifact, assert_same_training, curves, handle_of, run_id_of, runs, state
 from tests.trainings import Body, Trained, differing, fitting, nothing, train
 from tracked import experiment
 from tracked.errors import ExperimentError
@@ -152,6 +154,60 @@ def test_the_own_loop_as_an_experiment_file_resumes_exactly(nursery: Nursery, pl
 
     assert resumed["epoch"] == 3
     assert_same_training(place.tracking_uri, resumed["run_id"], reference)
+
+
+# How each is trained, and the steps at which it is killed: inside an epoch, with points on the server beyond its
+# checkpoint. What is particular to it happens on both sides: an unfreezing at step 4, the end of patience, a plateau.
+KILLED = {
+    "mnist": ("--epochs 3 --checkpoint-every '2 steps'", (3, 10)),
+    "iris": (
+        "--epochs 90 lr=0.1 --eval-every '5 epochs' --patience 4 --min-delta 0.1 --checkpoint-every '7 epochs'",
+        (8, 19),
+    ),
+    "accumulate": ("--epochs 2 --checkpoint-every '9 steps'", (12, 31)),
+    "finetune": ("--epochs 3 size=32 samples=96 unfreeze=2 --checkpoint-every '2 steps'", (5, 8)),
+    "detection": (
+        "--max-steps 8 width=4 samples=36 batch_size=8 --eval-every '2 steps' --checkpoint-every '2 steps'",
+        (3, 6),
+    ),
+    "language_model": (
+        "--epochs 2 width=8 lines=150 tokens=900 accumulate=2 --eval-every '5 steps' --checkpoint-every '3 steps'",
+        (4, 9),
+    ),
+    "gan": ("--max-steps 40 hidden=16 --checkpoint-every '8 steps'", (12, 30)),
+    "recipe": (
+        "--max-steps 30 width=16 warm_up=8 workers=2 --eval-every '10 steps' --checkpoint-every '4 steps'",
+        (7, 22),
+    ),
+    "stream": (
+        "--max-steps 24 width=8 workers=2 --eval-every '4 steps' --checkpoint-every '3 steps'",
+        (5, 17),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_killed_twice_an_experiment_ends_as_if_nothing_had_happened(
+    name: str, nursery: Nursery, place: Workplace
+) -> None:
+    if name == "mnist":
+        write_mnist(place.path / "data")
+    text, (once, twice) = KILLED[name]
+    line = ("train", f"experiments/{name}.py", *shlex.split(text), "--json")
+    whole = nursery.run(place, *line).json
+    reference = curves(place.tracking_uri, whole["run_id"]), state(place.tracking_uri, whole["run_id"])
+
+    first = nursery.start(place, *line, env={"KILLED_AT_STEP": str(once)})
+    run_id = run_id_of(place, handle_of(first))
+    assert first.wait().returncode == -signal.SIGKILL
+    second = nursery.run(place, "resume", run_id, env={"KILLED_AT_STEP": str(twice)}, check=False)
+    last = nursery.run(place, "resume", run_id, "--json").json
+
+    assert second.returncode == -signal.SIGKILL
+    assert 0 < last["resumed_from"] <= twice
+    assert (last["run_id"], last["state"], last["step"]) == (run_id, whole["state"], whole["step"])
+    assert len(runs(place.tracking_uri, name)) == 2
+    assert_same_training(place.tracking_uri, run_id, reference)
 
 
 # -- in this process and without a server: what is particular to each of these
