@@ -18,7 +18,7 @@ PACKAGE = ROOT / "tracked"
 # A module imports from the rows above its own, and from nowhere else in the package.
 ROWS = """
 errors
-failpoints names address packing params provenance schedule stopping children deferred_compiler tables plots
+failpoints names address packing params provenance schedule stopping children deferred_compiler tables plots trials
 spool
 journal archive
 server seeding points state
