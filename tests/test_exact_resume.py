@@ -486,13 +486,75 @@ def test_a_batch_that_cannot_be_built_costs_no_step(tmp_path: Path, workers: int
     with pytest.raises(OSError, match="this sample cannot be read"):
         train(tmp_path / "failed", fitting(built), settings)
     mended.touch()
-    folders = (tmp_path / "failed").glob("*/runs/*/checkpoints/step-*")
-    path = max(folders, key=lambda folder: folder.name) / "checkpoint.pt"
-    state = checkpoint.load(path)
+    state = newest(tmp_path / "failed")
     assert 0 < state["step"] < 7
     straight = train(tmp_path, fitting(built), settings)
     assert straight.steps == [0, 7, 14]
     assert differences(straight, train(tmp_path, fitting(built), settings, state), state["step"]) == []
+
+
+def newest(root: Path) -> State:
+    """The last checkpoint of the only training below `root`."""
+    folders = root.glob("*/runs/*/checkpoints/step-*")
+    return checkpoint.load(max(folders, key=lambda folder: folder.name) / "checkpoint.pt")
+
+
+def failing(
+    task: tracked.Task, at: int, spoil: Callable[[tracked.Task], None] = lambda _: None
+) -> tracked.Task:
+    """Raises in the `at`-th batch, after the forward pass has drawn numbers and changed the buffers."""
+    loss, calls = task.loss, 0
+
+    def raising(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += task.model.training
+        if calls == at:
+            spoil(task)
+            raise RuntimeError("this step cannot be made")
+        assert loss is not None
+        return loss(outputs, targets)
+
+    task.loss = raising
+    return task
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"noise": "none"}, {"pictures": True, "accumulate": 2, "workers": 2}], ids=str
+)
+def test_a_step_that_raises_costs_no_step_before_it(tmp_path: Path, params: dict[str, Any]) -> None:
+    built = fitting(lambda: tiny.build(tiny.Params(**params)))
+    settings = Settings(epochs=3, checkpoint_every=("1 epoch",), keep_last=100, device="cpu")
+    with pytest.raises(RuntimeError, match="this step cannot be made"):
+        train(tmp_path / "failed", fitting(lambda: failing(tiny.build(tiny.Params(**params)), 6)), settings)
+    state = newest(tmp_path / "failed")
+    straight = train(tmp_path, built, settings)
+
+    assert state["step"] == 5 // params.get("accumulate", 1)
+    assert state["step"] not in straight.steps
+    assert differences(straight, train(tmp_path, built, settings, state), state["step"]) == []
+
+
+def set_a_weight(task: tracked.Task) -> None:
+    with torch.no_grad():
+        next(task.model.parameters()).mul_(2)
+
+
+def replace_a_buffer(task: tracked.Task) -> None:
+    task.model[1].running_mean = torch.ones(8)  # type: ignore[index]
+
+
+def draw_in_numpy(_: tracked.Task) -> None:
+    np.random.random()
+
+
+@pytest.mark.parametrize("spoil", [set_a_weight, replace_a_buffer, draw_in_numpy])
+def test_a_step_that_has_changed_what_cannot_be_put_back_is_not_saved(
+    tmp_path: Path, spoil: Callable[[tracked.Task], None]
+) -> None:
+    body = fitting(lambda: failing(tiny.build(tiny.Params(noise="none")), 4, spoil))
+    with pytest.raises(RuntimeError, match="this step cannot be made"):
+        train(tmp_path, body, Settings(epochs=1, device="cpu"))
+    assert newest(tmp_path)["step"] == 0
 
 
 def test_what_could_not_be_saved_does_not_hide_what_the_data_raised(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from tracked.data import Batches, size, to_device
-from tracked.errors import SpoolError, UsageError
+from tracked.errors import SpoolError, TrackedError, UsageError
 from tracked.experiment import Task
 from tracked.freezing import check_schedule, check_trains, table, train_mode, unfreeze_until
 from tracked.points import scalar
@@ -88,12 +89,14 @@ def fit(task: Task, run: Run) -> None:
     )
     begun = 0
     modules = [*task.model.modules()]
+    before = _Before(task)
     for window in windows:
         if run.epoch != begun:
             _begin_epoch(task, run, modules, first=not begun)
             begun = run.epoch
         rates = learning_rates(task.optimizer)
-        loss = train_step(task, scaler, [to_device(batch, device) for batch in window], device, run)
+        before.note()
+        loss = train_step(task, scaler, [to_device(batch, device) for batch in window], device, run, before)
         # On CUDA it is not read before it has to be: reading waits for the device.
         value = loss.item() if loss.is_cpu else loss.double()
         window_loss.update(value)
@@ -155,14 +158,40 @@ def _tell_of_overfitting(metrics: Mapping[str, float], run: Run) -> None:
 
 
 def train_step(
-    task: Task, scaler: torch.amp.GradScaler, window: Sequence[Any], device: torch.device, run: Run
+    task: Task,
+    scaler: torch.amp.GradScaler,
+    window: Sequence[Any],
+    device: torch.device,
+    run: Run,
+    before: _Before,
 ) -> torch.Tensor:
     """One step over an accumulation window, as on one batch of all of it; its mean loss: a detached scalar.
 
-    The weight of a batch is the number of its samples, or what `task.step` says, such as its tokens.
+    Where the user's code raises, the state before the step is put back and saved.
 
     Raises:
         LossNotFinite: The loss is NaN or infinite (on CUDA found a moment later, by the run itself).
+    """
+    try:
+        loss = _gradients(task, scaler, window, device, run)
+    except TrackedError:
+        raise
+    except Exception:
+        if before.put_back():
+            run.undo_step()
+        raise
+    scaler.step(task.optimizer)
+    scaler.update()
+    _drop_gradients(task.optimizer)
+    return loss
+
+
+def _gradients(
+    task: Task, scaler: torch.amp.GradScaler, window: Sequence[Any], device: torch.device, run: Run
+) -> torch.Tensor:
+    """The gradients of a window, as those of one batch of all of it; its mean loss.
+
+    The weight of a batch is the number of its samples, or what `task.step` says, such as its tokens.
     """
     if not task.model.training:  # a step of one's own has left it in eval mode
         train_mode(task.model)
@@ -199,9 +228,6 @@ def train_step(
     if task.clip_norm is not None:
         scaler.unscale_(task.optimizer)
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), task.clip_norm)
-    scaler.step(task.optimizer)
-    scaler.update()
-    _drop_gradients(task.optimizer)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum() / sum(shares)
 
 
@@ -437,6 +463,48 @@ def choose_device(name: str) -> torch.device:
             try_next="--device cpu",
         ) from None
     return device
+
+
+class _Before:
+    """What a step changes ahead of its parameters, as it was: buffers and torch's generators."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._modules = [each for each in (task.model, task.loss) if isinstance(each, torch.nn.Module)]
+        self._parameters = [each for module in self._modules for each in module.parameters()]
+        self._on_cuda = any(each.is_cuda for each in self._parameters)
+        self._buffers = self._present()
+        self._copies = [each.detach().clone() for each in self._buffers]
+
+    def note(self) -> None:
+        """Look, before a step; as this is done in each one, without what the generators of others would cost."""
+        self._generator = torch.default_generator.get_state()
+        if self._on_cuda:
+            self._cuda = torch.cuda.get_rng_state()
+        if self._buffers:
+            torch._foreach_copy_(self._copies, self._buffers)
+        self._versions = self._count_changes()
+
+    def put_back(self) -> bool:
+        """Whether all stands again as before the step; not where a parameter or another buffer has been set."""
+        present = self._present()
+        same = len(present) == len(self._buffers) and all(map(operator.is_, present, self._buffers))
+        if not same or self._versions != self._count_changes():
+            return False
+        torch.default_generator.set_state(self._generator)
+        if self._on_cuda:
+            torch.cuda.set_rng_state(self._cuda)
+        with torch.no_grad():
+            for buffer, copy in zip(self._buffers, self._copies, strict=True):
+                buffer.copy_(copy)
+        _drop_gradients(self._task.optimizer)
+        return True
+
+    def _count_changes(self) -> int:
+        return sum(each._version for each in self._parameters)  # noqa: SLF001 - there is no public way
+
+    def _present(self) -> list[torch.Tensor]:
+        return [each for module in self._modules for each in module.buffers()]
 
 
 class _Mean:

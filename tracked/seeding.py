@@ -75,6 +75,16 @@ def generator_states() -> dict[str, Any]:
     return states
 
 
+def have_drawn(states: Mapping[str, Any]) -> bool:
+    """Whether Python's or NumPy's generator has moved since `generator_states` took `states`."""
+    present = generator_states()
+    return any(
+        not torch.equal(value, found) if isinstance(value, torch.Tensor) else value != found
+        for name in ("python", "numpy")
+        for value, found in zip(states[name].values(), present[name].values(), strict=True)
+    )
+
+
 def restore_generators(states: Mapping[str, Any]) -> None:
     """Put back what `generator_states` took."""
     python = states["python"]

@@ -29,6 +29,7 @@ from tracked.seeding import (
     differences,
     environment,
     generator_states,
+    have_drawn,
     make_deterministic,
     restore_determinism,
     restore_generators,
@@ -102,6 +103,8 @@ class Run:
         self._accumulate = 0
         self._source: Batches | Stream | None = None
         self._place: Any = None
+        self._place_before: Any = None
+        self._generators: dict[str, Any] = {}
         self._parts = Parts()
         # The one thing that a step between two due ones looks at.
         self._next_due = 0.0
@@ -347,7 +350,10 @@ class Run:
             try:
                 for item in grouped(batches.epoch(self.epochs_done, self._batch)):
                     self.step += 1
-                    self._place = batches.state  # not that of a window whose batches cannot all be built
+                    self._place_before, self._place = (
+                        self._place,
+                        batches.state,
+                    )  # not that of a window whose batches cannot all be built
                     # Else who builds the batches, main process or worker, would decide what the step draws.
                     if draws:
                         seed_generators(next(step_seeds))
@@ -373,6 +379,15 @@ class Run:
         by_steps = self.total_steps is not None and self.step >= self.total_steps
         by_epochs = self._epochs is not None and self.epochs_done >= self._epochs
         return by_steps or by_epochs or bool(self._ends_after_step)
+
+    def undo_step(self) -> None:
+        """Save the state before the step being made: it has failed, and the loop has put back what it changed."""
+        self.step -= 1
+        self._place = self._place_before
+        draws = self._source is not None and self._source.draws
+        # Where no step is seeded, what the failed one drew in Python and NumPy cannot be put back.
+        if draws or not have_drawn(self._generators):
+            self._rescue()
 
     def _rescue(self) -> None:
         """Save what stands where no batch could be built: the state is still that of the last step."""
@@ -617,6 +632,7 @@ class Run:
             self._compare_environment(self._restored)
             restore_determinism(self._restored["determinism"])
             restore_generators(self._restored["generators"])
+            self._generators = self._restored["generators"]
             if self.overfitting.said:
                 self.record({OVERFITTING: self.overfitting.said})  # which a run forked from there has not
             self._heed_patience()  # it may have been killed between the last step and its end
@@ -711,6 +727,7 @@ class Run:
 
     def _compose(self) -> dict[str, Any]:
         points = self._points.state_dict()
+        self._generators = generator_states()
         return {
             "format": 1,
             "step": self.step,
@@ -718,7 +735,7 @@ class Run:
             "batch": self._batch,
             "loss": points["last"].get("train/loss", (0, None))[1],
             **self._parts.capture(),
-            "generators": generator_states(),
+            "generators": self._generators,
             "determinism": determinism(),
             "environment": self._environment(),
             "points": points,
