@@ -289,8 +289,9 @@ def _complete(nothing: Any) -> dict[str, Any]:
 
 
 def _summary(run: Run) -> list[str]:
-    metrics = "  ".join(f"{key} {value:.4g}" for key, value in sorted(run.metrics.items()) if key != "epoch")
-    lines = [f"{run.last_state} at step {run.step} (epoch {run.epochs_done})  {metrics}"]
+    from tracked.progress import result
+
+    lines = [result(run)]
     if run.resumed_from is not None:
         proof = f"; {run.replayed_equal} recomputed points were equal" if run.replayed_equal else ""
         began = "forked" if run.attempt == 1 else "resumed"

@@ -1,4 +1,4 @@
-"""The progress bar: loss, validation metric, speed, and points that are not delivered yet."""
+"""What a training shows: a bar with loss, metric, speed and what is not delivered yet; at its end a table."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tracked.pipe import Progress
+from tracked.tables import aligned
 
 if TYPE_CHECKING:
     from tracked.tracking import Run
@@ -69,3 +70,22 @@ class Bar(Progress):
             with contextlib.suppress(OSError):
                 self._bar.close()
             self._bar = None
+
+
+def result(run: Run) -> str:
+    """How a training ended: how fast, how much of it is delivered, and the last and best values of its metrics."""
+    seconds, samples, points = run.seconds, run.samples, run.points
+    steps = run.step - (run.resumed_from or 0)
+    made, unit = (steps, "steps") if samples is None else (samples, "samples")
+    told = [
+        f"{run.last_state} at step {run.step} (epoch {run.epochs_done})",
+        f"{seconds:.1f} s",
+        f"{made / seconds:.3g} {unit}/s" if seconds else "",
+        f"{points - run.undelivered} of {points} points delivered",
+    ]
+    rows = [("metric", "last", "best", "at step")]
+    for key, value in sorted(run.metrics.items()):
+        is_judged = key == run.settings.monitor and run.stopping.best is not None
+        best = (f"{run.stopping.best:.4g}", str(run.stopping.best_step)) if is_judged else ("", "")
+        rows += [(key, f"{value:.4g}", *best)] if key != "epoch" else []
+    return "\n".join(["  ".join(filter(None, told)), *([aligned(rows)] if rows[1:] else [])])

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -96,6 +97,8 @@ class Run:
         self.last_state = "running"
         self.undelivered = 0
         self.metrics: dict[str, float] = {}
+        self.seconds = 0.0
+        """How long this attempt trained, once it has ended."""
         self._attempt = attempt
         self._epochs: int | None = None
         self._steps_in_epoch = math.inf
@@ -104,6 +107,7 @@ class Run:
         self._source: Batches | Stream | None = None
         self._place: Any = None
         self._place_before: Any = None
+        self._began: tuple[float, int | None] | None = None
         self._generators: dict[str, Any] = {}
         self._parts = Parts()
         # The one thing that a step between two due ones looks at.
@@ -178,6 +182,17 @@ class Run:
         """The newest checkpoint that is written: step, epoch, path, sha256, bytes."""
         entries = self._pipe.retention.entries
         return entries[-1] if entries else None
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples this attempt trained on; None where the data alone decides how many a batch has."""
+        done, begun = self._samples_done(), self._began and self._began[1]
+        return None if done is None or begun is None else done - begun
+
+    @property
+    def points(self) -> int:
+        """How many points all attempts have logged."""
+        return sum(self._points.counts().values())
 
     # -- what a loop calls
 
@@ -540,6 +555,8 @@ class Run:
         if self._over:
             return self.undelivered
         self._over = True
+        if self._began is not None:
+            self.seconds = time.monotonic() - self._began[0]
         if state == "finished" and self._ends_after_step:
             state, reason = "stopped_early", self._ends_after_step
         tags = {STOP_REASON: reason} if reason else {}
@@ -643,6 +660,7 @@ class Run:
             # Also of a fork, which can then be resumed without the other run.
             self._take_checkpoint(wait=True)
         self._looping = True
+        self._began = time.monotonic(), self._samples_done()
         if self._source is not None and not self._source.is_exact:
             self.progress.warn(
                 "the data cannot say where it stands: a resume reads it again from the beginning of the epoch, "
@@ -687,6 +705,13 @@ class Run:
     def _batch(self) -> int:
         """How many batches of the epoch are done, after this step."""
         return (self.step - self._epoch_start) * self._accumulate
+
+    def _samples_done(self) -> int | None:
+        if not isinstance(self._source, Batches) or self._source.length is None:
+            return None
+        size = self._source.batch_size
+        in_epoch = min(self._source.samples, self._source.length * size)
+        return self.epochs_done * in_epoch + min(self._batch * size, in_epoch)
 
     def _ask_for_attention(self) -> None:
         """Have `_settle` called when this step ends; from any thread, after the reason is in place."""
