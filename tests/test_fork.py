@@ -273,6 +273,84 @@ def test_a_long_history_is_journaled_in_small_records() -> None:
     assert list(records([])) == []
 
 
+# The thin loop, whose patience ends at step 8 with its best at step 2.
+PATIENT = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+import tracked
+
+@dataclass(frozen=True)
+class Params:
+    width: int = 4
+    rates: int = 1
+
+INPUTS = torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
+DATA = TensorDataset(INPUTS, INPUTS.sum(1, keepdim=True))
+
+def build(params):
+    model = nn.Sequential(nn.Linear(4, params.width), nn.Dropout(0.2), nn.Linear(params.width, 1))
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    optimizer = torch.optim.Adam(model.parameters() if params.rates == 1 else groups)
+    return tracked.Task(
+        model=model, loss=nn.functional.mse_loss, optimizer=optimizer, train_data=DATA, val_data=DATA, batch_size=6)
+"""
+
+
+def test_a_fork_that_runs_out_of_patience_has_the_best_weights_of_before(
+    workplace: Workplace, tmp_path: Path
+) -> None:
+    workplace.experiment(PATIENT)
+    options = ("--patience", 3, "--min-delta", 1e6, "--eval-every", "2 steps", "--json", "--max-steps")
+    uri = workplace.tracking_uri
+    straight = workplace.tracked("train", "experiment.py", *options, 36).json["run_id"]
+    reference = assert_whole(uri, straight), state(uri, straight)
+    source_id = workplace.tracked("train", "experiment.py", *options, 6).json["run_id"]
+    result = workplace.tracked("fork", source_id, "--max-steps", 36, "--json").json
+    to = tmp_path / "best"
+    workplace.tracked("export", result["run_id"], "--form", "weights", "--to", to, "--best")
+
+    assert (result["state"], result["step"]) == ("stopped_early", 8)
+    assert dict(reference[0]["best/val/loss"]) == {8: dict(reference[0]["val/loss"])[2]}
+    assert_same(uri, result["run_id"], reference)
+    assert (
+        workplace.tracked("verify", result["run_id"]).stdout.count("checkpoint of step") == 3
+    )  # of 2, 6 and 8
+    best = torch.load(to / "model.pt", weights_only=True)
+    assert compare_states(best, reference[1]["model_state_dict"])[1] != []
+
+    # What does not fit the checkpoint is told before there is a run.
+    before = len(Server(uri).search())
+    for word, said in (
+        ("width=5", "model: 0.weight is (4, 4) in"),
+        ("rates=2", "parameters lie in other groups"),
+    ):
+        refused = workplace.tracked("fork", source_id, "--max-steps", 36, word, check=False)
+        assert refused.returncode == 1
+        assert said in refused.stderr
+    assert len(Server(uri).search()) == before
+
+    # A fork that died before its first checkpoint can be made again.
+    died = (
+        MlflowClient(uri)
+        .create_run(
+            "0",
+            tags={
+                "mlflow.tracked.handle": "cd" * 16,
+                "tracked.state": "failed",
+                "mlflow.tracked.forked_from": json.dumps(
+                    {"run_id": source_id, "step": 6, "params": {}, "settings": {}}
+                ),
+            },
+        )
+        .info.run_id
+    )
+    MlflowClient(uri).set_terminated(died, "FAILED")
+    refused = workplace.tracked("resume", died, "--file", "experiment.py", check=False)
+    assert f"try: python -m tracked.run fork {source_id} --step 6\n" in refused.stderr
+
+
 # -- what cannot be forked
 
 

@@ -33,6 +33,7 @@ from tracked.names import (
     ATTEMPT,
     CHECKPOINT,
     FILE,
+    FORKED_FROM,
     HANDLE,
     HEARTBEAT,
     HOLDER,
@@ -364,10 +365,14 @@ def fetch_best(place: Place, view: RunView, attempt: Attempt, say: Say) -> None:
 
 
 def _no_checkpoint(view: RunView) -> RunNotResumable:
+    again = "the same `train` line again, for a new run"
+    if forked := json.loads(view.tags.get(FORKED_FROM, "{}")):
+        again = f"python -m tracked.run fork {forked['run_id']} --step {forked['step']}"
+        again += " with the same values, for a new run" if forked["params"] or forked["settings"] else ""
     return RunNotResumable(
         f"run {view.run_id} has no checkpoint (state: {view.tags.get(STATE, view.status)})",
         expected=f"a tag {CHECKPOINT}; it is set when the first checkpoint is on the server",
-        try_next="the same `train` line again, for a new run",
+        try_next=again,
     )
 
 

@@ -5,17 +5,21 @@ The other run is only read, and may be trained meanwhile: what a committed check
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracked.attempts import drain, local_runs
+from tracked.attempts import drain, local_runs, restore
+from tracked.errors import CheckpointError, ServerError
 from tracked.inspection import is_trained
+from tracked.names import folder_name
 from tracked.packing import Point, records
 from tracked.place import Place
-from tracked.retrieval import retrieve
+from tracked.retrieval import Retrieved, retrieve
+from tracked.spool import RunFolder
 
 if TYPE_CHECKING:
     from tracked.server import RunView, Server
@@ -32,14 +36,23 @@ class Origin:
     Attributes:
         view: The other run.
         experiment: The name of its experiment.
-        state: What its checkpoint holds, its tensors on the CPU; the checkpoints that it keeps are not the fork's.
+        state: What its checkpoint holds, its tensors on the CPU; of the checkpoints that it keeps the best alone.
         history: Packed points, all that the checkpoint knows of, with their own times.
+        best: Holds that best checkpoint, in a folder of its step; None if it is the state itself, or there is none.
     """
 
     view: RunView
     experiment: str
     state: dict[str, Any]
     history: list[dict[str, Any]]
+    best: tempfile.TemporaryDirectory[str] | None = None
+
+    def bring_best(self, folder: RunFolder) -> None:
+        """Move the best checkpoint among those of another run on this machine."""
+        if self.best is not None:
+            name = folder_name(self.state["stopping"]["best_step"])
+            shutil.move(RunFolder(Path(self.best.name)).checkpoints / name, folder.checkpoints / name)
+            self.best.cleanup()
 
 
 def find_origin(
@@ -79,8 +92,27 @@ def find_origin(
             f"  try: python -m tracked.run verify {found.view.run_id}"
         )
     points = {**found.state["points"], "counts": counts}
-    state = {**found.state, "points": points, "checkpoints": []}
-    return Origin(found.view, server.experiment_name(found.view.experiment_id), state, history)
+    best = _best(server, found, say)
+    kept = {"step": found.state["stopping"]["best_step"], "value": found.state["stopping"]["best"]}
+    state = {**found.state, "points": points, "checkpoints": [] if best is None else [kept]}
+    return Origin(found.view, server.experiment_name(found.view.experiment_id), state, history, best)
+
+
+def _best(server: Server, found: Retrieved, say: Say) -> tempfile.TemporaryDirectory[str] | None:
+    """The checkpoint that was the best by then; without it a fork does as well, until its patience is out."""
+    step = found.state["stopping"]["best_step"]
+    if step in (0, found.state["step"]):
+        return None
+    folder = tempfile.TemporaryDirectory(prefix="tracked-fork-")
+    try:
+        run = RunFolder(Path(folder.name))
+        run.make()
+        restore(server, found.view, run, say, step=step)
+    except (CheckpointError, ServerError) as error:
+        say(f"the best checkpoint, of step {step}, is not brought along: {error.found}")
+        folder.cleanup()
+        return None
+    return folder
 
 
 def _history(

@@ -21,7 +21,7 @@ from tracked.freezing import check_schedule, check_trains, table, train_mode, un
 from tracked.points import scalar
 from tracked.schedule import Due, Interval
 from tracked.seeding import derive, preserved_generators, seed_generators
-from tracked.state import uncompiled
+from tracked.state import Parts, uncompiled
 from tracked.streams import Stream, batches_of, rewound
 from tracked.tracking import Run, not_finite
 
@@ -67,13 +67,10 @@ def fit(task: Task, run: Run) -> None:
         precision=task.precision,
     )
 
-    parts = {"model": task.model, "optimizer": task.optimizer, "scheduler": task.scheduler}
+    _check_saved(task)
     if isinstance(task.loss, torch.nn.Module):
         task.loss.to(device)
-        if list(task.loss.parameters()):
-            parts = {"loss": task.loss, **parts}
-    _check_saved(task)
-    run.attach(**{name: part for name, part in parts.items() if part is not None})
+    run.attach(**_parts(task))
     run.attach(scaler=scaler, running_loss=window_loss, **_stateful_metrics(task))
     run.require_finite("train/loss")
 
@@ -120,6 +117,26 @@ def fit(task: Task, run: Run) -> None:
                 _advance(task.scheduler, run)
     if run.stopping.is_out_of_patience and (best := run.best_state()):
         uncompiled(task.model).load_state_dict(best["model_state_dict"])
+
+
+def _parts(task: Task) -> dict[str, Any]:
+    """What is saved of a task under which name, apart from what the loop itself keeps."""
+    parts = {"model": task.model, "optimizer": task.optimizer, "scheduler": task.scheduler}
+    if isinstance(task.loss, torch.nn.Module) and list(task.loss.parameters()):
+        parts = {"loss": task.loss, **parts}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def check_fits(task: Task, state: Mapping[str, Any]) -> None:
+    """See that a task can go on from a checkpoint; neither is changed.
+
+    Raises:
+        StateMismatch: It cannot.
+    """
+    parts = Parts()
+    for name, part in _parts(task).items():
+        parts.attach(name, part)
+    parts.check(state)
 
 
 def _begin_epoch(task: Task, run: Run, modules: Sequence[torch.nn.Module], *, first: bool) -> None:

@@ -103,6 +103,20 @@ class Parts:
         ]
         return state
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """See that modules and optimizers fit what `capture` took, and change nothing.
+
+        Raises:
+            StateMismatch: As `restore`.
+        """
+        for name, part in self._parts.items():
+            saved = _saved(state, name)
+            if isinstance(part, nn.Module):
+                _check_module(name, part, saved)
+            elif isinstance(part, torch.optim.Optimizer):
+                recorded = state.get("optimizer_parameters", {}).get(name)
+                _check_optimizer(name, part, saved, recorded, self._names(part))
+
     def restore(
         self, state: Mapping[str, Any], only: tuple[str, ...] | None = None, *, overridden: bool = False
     ) -> None:
@@ -123,17 +137,10 @@ class Parts:
         for name, part in self._parts.items():
             if only is not None and name not in only:
                 continue
-            saved = state.get(f"{name}_state_dict")
-            if saved is None:
-                there = sorted(
-                    key.removesuffix("_state_dict") for key in state if key.endswith("_state_dict")
-                )
-                raise StateMismatch(
-                    f"the checkpoint has no state for {name!r}",
-                    expected=f"one of {', '.join(there) or 'none'}",
-                )
+            saved = _saved(state, name)
             if isinstance(part, nn.Module):
-                _load_module(name, part, saved)
+                _check_module(name, part, saved)
+                part.load_state_dict(saved)
                 _load_buffers(name, part, state.get("other_buffers", {}).get(name, {}))
             elif isinstance(part, torch.optim.Optimizer):
                 recorded = state.get("optimizer_parameters", {}).get(name)
@@ -337,7 +344,17 @@ def _with_changes(loaded: Any, before: Any, after: Any) -> Any:
     return after if before != after else loaded
 
 
-def _load_module(name: str, module: nn.Module, saved: Mapping[str, Any]) -> None:
+def _saved(state: Mapping[str, Any], name: str) -> Any:
+    saved = state.get(f"{name}_state_dict")
+    if saved is None:
+        there = sorted(key.removesuffix("_state_dict") for key in state if key.endswith("_state_dict"))
+        raise StateMismatch(
+            f"the checkpoint has no state for {name!r}", expected=f"one of {', '.join(there) or 'none'}"
+        )
+    return saved
+
+
+def _check_module(name: str, module: nn.Module, saved: Mapping[str, Any]) -> None:
     present = module.state_dict()
     wrong = [f"{key} is not in the checkpoint" for key in present if key not in saved]
     wrong += [f"{key} is not in the model" for key in saved if key not in present]
@@ -350,7 +367,25 @@ def _load_module(name: str, module: nn.Module, saved: Mapping[str, Any]) -> None
     ]
     if wrong:
         raise _misfit(name, wrong)
-    module.load_state_dict(saved)
+
+
+def _check_optimizer(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    recorded: list[list[str]] | None,
+    present: list[list[str]],
+) -> None:
+    if recorded is not None and [sorted(group) for group in recorded] != [sorted(group) for group in present]:
+        flat_recorded = {each for group in recorded for each in group}
+        flat_present = {each for group in present for each in group}
+        wrong = [f"{each} was optimized, and is not now" for each in sorted(flat_recorded - flat_present)]
+        wrong += [f"{each} is optimized, and was not" for each in sorted(flat_present - flat_recorded)]
+        raise _misfit(name, wrong or ["its parameters lie in other groups"])
+    if len(saved["param_groups"]) != len(optimizer.param_groups):
+        raise _misfit(
+            name, [f"{len(saved['param_groups'])} groups recorded, {len(optimizer.param_groups)} now"]
+        )
 
 
 def _load_optimizer(
@@ -361,18 +396,9 @@ def _load_optimizer(
     present: list[list[str]],
 ) -> None:
     """Load by parameter name: the order in which a module gives its parameters may have changed."""
+    _check_optimizer(name, optimizer, saved, recorded, present)
     if recorded is not None and recorded != present:
-        if [sorted(group) for group in recorded] != [sorted(group) for group in present]:
-            flat_recorded = {each for group in recorded for each in group}
-            flat_present = {each for group in present for each in group}
-            wrong = [f"{each} was optimized, and is not now" for each in sorted(flat_recorded - flat_present)]
-            wrong += [f"{each} is optimized, and was not" for each in sorted(flat_present - flat_recorded)]
-            raise _misfit(name, wrong or ["its parameters lie in other groups"])
         saved = _reordered(saved, recorded, present)
-    if len(saved["param_groups"]) != len(optimizer.param_groups):
-        raise _misfit(
-            name, [f"{len(saved['param_groups'])} groups recorded, {len(optimizer.param_groups)} now"]
-        )
     optimizer.load_state_dict(dict(saved))
     # torch casts a state to its parameter's dtype; a state kept in another one would lose bits.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

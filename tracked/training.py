@@ -31,6 +31,7 @@ from tracked.names import (
     EXPERIMENT_FILE,
     FILE,
     FORKED_FROM,
+    MANIFEST,
     ORIGIN,
     OVERRIDE,
     RUN_KEY,
@@ -275,6 +276,9 @@ def fork(word: str, request: Request, *, step: int | None = None) -> Run:
         request.progress.warn(warning)
     new, settings, override, _ = _continued(experiment, request, origin.state, origin.view)
     loop.choose_device(settings.device)
+    # Also what the code raises on building is met before there is a run.
+    if (task := _build(experiment, new, settings)) is not None:
+        loop.check_fits(task, origin.state)
     about = experiments.describe(experiment)
     attempt = _begin_fork(
         origin,
@@ -290,7 +294,8 @@ def fork(word: str, request: Request, *, step: int | None = None) -> Run:
     request.progress.say(f"{_named(run)} is forked from run {_origin_text(origin, override)}")
     with _until_over(run):
         run.log_artifact(experiment.path, "source")
-        _carry_out(experiment, new, run)
+        _log_best(run, attempt)
+        _carry_out(experiment, new, run, task)
     return run
 
 
@@ -329,8 +334,16 @@ def _begin_fork(
     attempt.start["forked_from"] = {"run_id": view.run_id, "step": state["step"]}
     attempt.restored = {**state, "about": {**about, "resumed_at": state["about"].get("resumed_at", [])}}
     attempt.history = origin.history
+    origin.bring_best(attempt.folder)
     attempt.overridden = bool(override["params"])
     return attempt
+
+
+def _log_best(run: Run, attempt: Attempt) -> None:
+    """Have the best checkpoint of before the fork uploaded as one of the new run's own."""
+    for folder in sorted(attempt.folder.checkpoints.glob("step-*")):
+        for name in (FILE, MANIFEST):
+            run.log_artifact(folder / name, f"checkpoints/{folder.name}")
 
 
 def _origin_text(origin: Origin, override: Mapping[str, Any]) -> str:
@@ -453,15 +466,21 @@ def _shown(pair: Any) -> str:
     return f"{pair[1]} (was {pair[0]})" if isinstance(pair, list) else str(pair)
 
 
-def _carry_out(experiment: Experiment, values: Any, run: Run) -> None:
-    if run.settings.deterministic:
+def _build(experiment: Experiment, values: Any, settings: Settings) -> Task | None:
+    """What the thin loop is to train; None where the experiment has a loop of its own."""
+    if settings.deterministic:
         # cuBLAS reads it when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    seed_generators(derive(run.settings.seed, "build"))
-    if experiment.main is not None:
+    seed_generators(derive(settings.seed, "build"))
+    return None if experiment.main is not None else experiment.task(values)
+
+
+def _carry_out(experiment: Experiment, values: Any, run: Run, task: Task | None = None) -> None:
+    task = task or _build(experiment, values, run.settings)
+    if task is not None:
+        loop.fit(task, run)
+    elif experiment.main is not None:
         experiment.main(run, values)
-    else:
-        loop.fit(experiment.task(values), run)
 
 
 def _check_work_left(view: RunView, asked: Mapping[str, Any]) -> None:
@@ -748,6 +767,7 @@ def _fork_run(
         about={},
     )
     run = _opened(attempt, chosen, drain_timeout=drain_timeout, progress=progress)
+    _log_best(run, attempt)
     run.progress.say(f"{_named(run)} is forked from run {_origin_text(origin, override)}")
     return run
 
