@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from tracked.errors import ExperimentError, ParamError, UsageError
 from tracked.experiment import Task, UserCodeError, describe, load, locate
@@ -69,6 +69,23 @@ def test_a_task_has_the_defaults_of_the_contract() -> None:
     made = task()
     assert (made.batch_size, made.accumulate, made.precision, made.monitor) == (32, 1, "fp32", "val/loss")
     assert (made.mode, made.scheduler_interval, made.clip_norm) == ("min", "epoch", None)
+
+
+def test_a_stream_that_has_a_place_is_not_both_trained_and_validated_on() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(())
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    data = Stream()
+    with pytest.raises(UsageError, match="train_data is this very one") as refused:
+        task(train_data=data, val_data={"val": Stream(), "again": data})
+    assert "val_data['again']" in str(refused.value)
+    assert task(train_data=data, val_data=Stream()).train_data is data
 
 
 def test_a_task_with_step_needs_no_loss() -> None:

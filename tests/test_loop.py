@@ -282,9 +282,20 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_spoils_a_weight(
 
 
 def test_a_monitored_metric_that_is_never_logged_is_refused_with_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="val/accuracy") as refused:
-        fitted(tmp_path, monitor="val/accuracy")
-    assert "val/loss" in str(refused.value)
+    for monitor, more, there in (
+        ("val/accuracy", {}, "one of val/loss\n"),
+        ("val/loss", {"val_data": {"near": DATA, "far": DATA}}, "one of far/loss, near/loss\n"),
+        ("val/error/map", {"metrics": {"error": nn.functional.l1_loss}}, "one of val/error, val/loss\n"),
+    ):
+        with pytest.raises(UsageError, match=f"'{monitor}' is never logged") as refused:
+            fitted(tmp_path / "before", monitor=monitor, **more)
+        assert there in str(refused.value)
+    with pytest.raises(UsageError, match="one of train/loss\n"):
+        fitted(tmp_path / "before", replace(SETTINGS, monitor="val/loss"), val_data=None)
+    assert not [*tmp_path.glob("before/*/runs/*/checkpoints/step-*")], "before the first batch"
+
+    with pytest.raises(UsageError, match="one of val/other\n"):
+        fitted(tmp_path, monitor="val/mine", evaluate=lambda *_: {"other": 1.0})
 
 
 def test_a_plateau_may_look_at_the_training_loss(tmp_path: Path) -> None:
@@ -369,7 +380,15 @@ def test_an_evaluation_that_never_comes_is_told_before_the_first_step(tmp_path: 
         fitted(tmp_path, settings)
     with pytest.raises(UsageError, match="every 13 steps, and the training has 12 steps"):
         fitted(tmp_path, replace(settings, eval_every="13 steps"))
+    with pytest.raises(UsageError, match=r"the training has 0\.5 epochs\n.*\n.*1 step"):
+        fitted(tmp_path, replace(SETTINGS, epochs=None, max_steps=3, patience=2))
     assert fitted(tmp_path, replace(settings, patience=None)).run.step == 12
+
+
+def test_a_loss_that_is_never_logged_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fitted(tmp_path, replace(SETTINGS, log_every=13), val_data=None)
+
+    assert "train/loss is logged every 13 steps, and the training has 12: it never is" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ class Task:
         forward: `forward(model, batch)` → `(outputs, targets)`, for batches that are no such pair.
         step: `step(model, batch)` → loss, or `(loss, weight)` with the number of samples (or tokens) that the
             mean loss is over; scalar tensor of shape `[]`, floating dtype. Instead of `forward` and `loss`.
-        evaluate: `evaluate(model, loader)` → dict of metric names to numbers, instead of the loop's own.
+        evaluate: `evaluate(model, loader)` → dict of metric names to numbers, instead of the loop's own; a tensor
+            of several numbers in it is passed over.
         unfreeze: Epoch (counted from 1) → names or patterns of what is unfrozen when it begins, as
             `finetune.unfreeze` takes them. The optimizer holds it from the start:
             `finetune.trainable(model, also=…)`.
@@ -145,6 +146,17 @@ class Task:
             loader = any(cls.__name__ == "DataLoader" for cls in type(one).__mro__)
             expected = "the data set itself; batch_size and loader={…} say how it is loaded"
             _need(one is not None and not loader, name, one, expected)
+        train = data.pop("train_data")
+        is_stream = any(cls.__name__ == "IterableDataset" for cls in type(train).__mro__)
+        if is_stream and hasattr(train, "load_state_dict"):
+            shared = next((name for name, one in data.items() if one is train), "")
+            # An evaluation begins it anew, where the training would go on.
+            _need(
+                not shared,
+                shared,
+                train,
+                "a stream of its own: train_data is this very one, and has a place in it",
+            )
         _need(isinstance(self.loader, Mapping), "loader", self.loader, "a dict of DataLoader's arguments")
         for name in ("batch_size", "dataset"):
             if name in self.loader:

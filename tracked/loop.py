@@ -7,7 +7,7 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +59,7 @@ def fit(task: Task, run: Run) -> None:
         )
     if settings.epochs is None and settings.max_steps is None:
         settings = replace(settings, epochs=DEFAULT_EPOCHS)
+    _check_monitor(task, settings.monitor)
     run.configure(
         settings,
         batch_size=task.batch_size,
@@ -146,8 +147,8 @@ def _begin_epoch(task: Task, run: Run, modules: Sequence[torch.nn.Module], *, fi
         modules: All of the model: to list them costs more than to look at them.
         first: Whether it is the first of this process.
     """
-    if first and task.val_data is not None:
-        _check_evaluated(run)
+    if first:
+        _check_intervals(task, run)
     due = run.epoch in task.unfreeze
     # With a batch an epoch this is the way of every step: what changes nothing is passed over.
     if first or due or not all(module.training for module in modules):
@@ -297,7 +298,7 @@ def _evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
         )
         loader = _seeded(batches, device, seed)
         found = task.evaluate(task.model, loader) if task.evaluate else _measure(task, loader, device)
-        named = {f"{name}/{key}": value for key, value in found.items()}
+        named = {f"{name}/{key}": value for key, value in found.items() if _is_single(value)}
         values |= {key: float(scalar(key, value)) for key, value in named.items()}
     task.model.train(modes[0][1])  # a model may do more in it than set modes
     for module, mode in modes:  # which reaches what is frozen, too
@@ -336,11 +337,15 @@ def _measure(task: Task, loader: Iterator[Any], device: torch.device) -> dict[st
     for name, metric in objects.items():
         computed = metric.compute()
         if isinstance(computed, Mapping):  # as mean average precision gives, and a collection of metrics
-            single = {key: each for key, each in computed.items() if torch.as_tensor(each).numel() == 1}
-            means |= {f"{name}/{key}": each for key, each in single.items()}
+            means |= {f"{name}/{key}": each for key, each in computed.items() if _is_single(each)}
         else:
             means[name] = computed
     return means
+
+
+def _is_single(value: Any) -> bool:
+    """False for a tensor of several numbers or of none, such as the classes of a mean average precision."""
+    return not isinstance(value, torch.Tensor) or value.numel() == 1
 
 
 def _judge(task: Task, batch: Any) -> tuple[dict[str, Any], Any, Any, Any]:
@@ -408,20 +413,28 @@ def _check_precision(precision: str, device: torch.device) -> None:
         )
 
 
-def _check_evaluated(run: Run) -> None:
-    """Say before the first step that no evaluation will come.
+def _check_intervals(task: Task, run: Run) -> None:
+    """Say before the first step that no evaluation, or no logged loss, will come.
 
     Raises:
         UsageError: Patience waits for one.
     """
     settings = run.settings
+    if run.total_steps is not None and settings.log_every != "auto" and settings.log_every > run.total_steps:
+        found = (
+            f"train/loss is logged every {settings.log_every} steps, and the training has {run.total_steps}"
+        )
+        run.progress.warn(f"{found}: it never is")
+    if task.val_data is None:
+        return
     every = Interval.parse(settings.eval_every)
-    last = run.total_steps if every.unit == "step" else settings.epochs
+    last = run.total_steps if every.unit == "step" else run.total_epochs
     if last is None or every.every <= last:
         return
-    found = f"an evaluation is due every {settings.eval_every}, and the training has {last} {every.unit}s"
+    found = f"an evaluation is due every {settings.eval_every}, and the training has {last:g} {every.unit}s"
     if settings.patience is not None:
-        raise UsageError(found, expected="a shorter interval", try_next=f'--eval-every "1 {every.unit}"')
+        unit = every.unit if last >= 1 else "step"
+        raise UsageError(found, expected="a shorter interval", try_next=f'--eval-every "1 {unit}"')
     run.progress.warn(f"{found}: none will come")
 
 
@@ -433,12 +446,30 @@ def _advance(scheduler: Any, run: Run) -> None:
         scheduler.step(monitored)
 
 
-def _check_monitored(metrics: Mapping[str, float], monitor: str | None) -> None:
-    if monitor is not None and monitor not in metrics and not monitor.startswith("train/"):
+def _check_monitor(task: Task, monitor: str | None) -> None:
+    """See before the first batch that an evaluation will log it; what is computed as a dict tells its names later.
+
+    Raises:
+        UsageError: It will not.
+    """
+    if task.val_data is None:
+        names = ["train/loss"]
+    else:
+        sets = task.val_data if isinstance(task.val_data, Mapping) else {"val": task.val_data}
+        names = [f"{each}/{name}" for each in sets for name in ("loss", *task.metrics)]
+        objects = [name for name, metric in task.metrics.items() if hasattr(metric, "compute")]
+        open_ended = sets if task.evaluate else [f"{each}/{name}" for each in sets for name in objects]
+        if monitor is not None and monitor.startswith(tuple(f"{each}/" for each in open_ended)):
+            return
+    _check_monitored(names, monitor)
+
+
+def _check_monitored(names: Collection[str], monitor: str | None) -> None:
+    if monitor is not None and monitor not in names and not monitor.startswith("train/"):
         raise UsageError(
             f"the monitored metric {monitor!r} is never logged",
-            expected=f"one of {', '.join(sorted(metrics))}",
-            try_next=f"--monitor {min(metrics, default='val/loss')}",
+            expected=f"one of {', '.join(sorted(names))}",
+            try_next=f"--monitor {min(names, default='val/loss')}",
         )
 
 

@@ -158,6 +158,13 @@ class Run:
         return self.step == self._epoch_end and self.step_ended
 
     @property
+    def total_epochs(self) -> float | None:
+        """How often the data is gone through in all; None as long as nobody knows."""
+        if self.total_steps is None or self._steps_in_epoch == math.inf:
+            return self._epochs
+        return self.total_steps / self._steps_in_epoch
+
+    @property
     def should_stop(self) -> bool:
         """Whether the loop will be left behind this step: paused, stopped, preempted, or out of patience."""
         return self._leave is not None or bool(self._ends_after_step)
