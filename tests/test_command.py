@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+import tracked
 from tests.nursery import Nursery, Trainer
-from tests.processes import Workplace
+from tests.processes import Workplace, wait_until
 from tests.proofs import assert_same_training, assert_whole, handle_of, run_id_of, state, until_committed
 from tests.servers import free_port
 from tests.test_commands import logged_run, place_of, silent
+from tests.test_sender import Post
 from tests.test_takeover import EXPERIMENT
 from tracked import command
 from tracked.errors import RunTaken, ServerUnavailable, UsageError
@@ -20,6 +25,7 @@ from tracked.names import COMMAND, HEARTBEAT, STATE, STOP_REASON
 from tracked.place import Place
 from tracked.server import Server
 from tracked.spool import Lock, read_json
+from tracked.tracking import Paused, Run
 
 LINE = ("train", "experiment.py", "--epochs", "20", "--checkpoint-every", "5 steps", "--json")
 
@@ -63,9 +69,7 @@ def test_a_training_is_paused_from_another_machine_and_resumed_to_the_same_bits(
     assert f"run {run_id} is finished: nobody is training it" in refused.stderr
 
 
-def test_a_tag_set_in_mlflows_interface_and_a_command_that_is_not_waited_for_stop_a_training(
-    workplace: Workplace, nursery: Nursery
-) -> None:
+def test_a_tag_set_in_mlflows_interface_stops_a_training(workplace: Workplace, nursery: Nursery) -> None:
     workplace.experiment(EXPERIMENT)
     trainer, run_id = slow_training(workplace, nursery)
 
@@ -76,10 +80,62 @@ def test_a_tag_set_in_mlflows_interface_and_a_command_that_is_not_waited_for_sto
     view = Server(workplace.tracking_uri).get_run(run_id)
     assert (view.status, view.tags[STATE], view.tags[STOP_REASON]) == ("KILLED", "stopped", "asked to stop")
 
+
+def test_a_training_has_saved_its_state_and_left_within_two_heartbeats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heartbeat, uri = 2.0, f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("TRACKED_HEARTBEAT", str(heartbeat))
+    asked = 0.0
+
+    def body(run: Run) -> None:
+        nonlocal asked
+        for _ in run.steps(1_000_000):
+            if not asked:
+                wait_until(lambda: run.id != run.handle, "the run's ID")
+                MlflowClient(uri).set_tag(run.id, COMMAND, "pause")
+                asked = time.monotonic()
+            threading.Event().wait(0.01)
+
+    with Post(tmp_path, uri), tracked.start("heartbeats", tracking_uri=uri, spool_dir=tmp_path) as run:
+        with pytest.raises(Paused):
+            body(run)
+        left = time.monotonic()
+        assert run._taken_at == run.step > 1
+
+    assert left - asked < 2 * heartbeat
+
+
+def test_a_command_outlives_the_sender_and_not_the_attempt_that_it_was_for(
+    workplace: Workplace, nursery: Nursery
+) -> None:
+    workplace.experiment(EXPERIMENT)
     trainer, run_id = slow_training(workplace, nursery)
-    asked = workplace.tracked("stop", "last", "--no-wait", "--json").json
+    workplace.end_senders()
+    asked = workplace.tracked("pause", "last", "--no-wait", "--json").json
     assert asked == {"run_id": run_id, "state": "running"}
-    assert trainer.wait().json["state"] == "stopped"
+    assert trainer.wait().json["state"] == "paused"
+
+    MlflowClient(workplace.tracking_uri).set_tag(run_id, COMMAND, "stop")  # too late: nobody trains
+    (workplace.path / "go").touch()
+    assert workplace.tracked("resume", run_id, "--json").json["state"] == "finished"
+
+
+def test_a_second_interrupt_leaves_in_the_middle_of_a_step(workplace: Workplace, nursery: Nursery) -> None:
+    workplace.experiment(EXPERIMENT)
+    trainer = nursery.start(workplace, *LINE, "pause=600")
+    handle = handle_of(trainer)
+    until_committed(workplace, handle)
+    os.kill(trainer.pid, signal.SIGINT)
+    wait_until(lambda: "SIGINT: a checkpoint is taken after this step" in trainer.errors, "its word")
+    os.kill(trainer.pid, signal.SIGINT)
+
+    left = trainer.wait()
+
+    assert left.returncode == 130
+    assert "interrupted twice: left at once" in left.stderr
+    (workplace.path / "go").touch()
+    assert workplace.tracked("resume", handle, "--json").json["resumed_from"] == 0
 
 
 def test_a_run_that_nobody_trains_is_not_asked_and_the_wait_for_one_that_stays_is_bounded(

@@ -37,8 +37,8 @@ from tracked import checkpoint, loop
 from tracked.errors import StateMismatch
 from tracked.place import Place
 from tracked.schedule import Settings
-from tracked.tracking import Run
-from tracked.training import Request, check, compare_states
+from tracked.tracking import Paused, Run
+from tracked.training import Request, check, compare_states, leaving_on_signals
 
 # Steps 3, 6 and 9 lie inside epochs of 7 steps, 7 and 14 at their ends.
 SETTINGS = Settings(epochs=2, checkpoint_every=("3 steps", "1 epoch"), keep_last=100, device="cpu")
@@ -500,9 +500,13 @@ def newest(root: Path) -> State:
 
 
 def failing(
-    task: tracked.Task, at: int, spoil: Callable[[tracked.Task], None] = lambda _: None
+    task: tracked.Task,
+    at: int,
+    spoil: Callable[[tracked.Task], None] = lambda _: None,
+    *,
+    raises: bool = True,
 ) -> tracked.Task:
-    """Raises in the `at`-th batch, after the forward pass has drawn numbers and changed the buffers."""
+    """Spoils something and raises in the `at`-th batch, when the forward pass has drawn and changed buffers."""
     loss, calls = task.loss, 0
 
     def raising(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -510,7 +514,8 @@ def failing(
         calls += task.model.training
         if calls == at:
             spoil(task)
-            raise RuntimeError("this step cannot be made")
+            if raises:
+                raise RuntimeError("this step cannot be made")
         assert loss is not None
         return loss(outputs, targets)
 
@@ -532,6 +537,29 @@ def test_a_step_that_raises_costs_no_step_before_it(tmp_path: Path, params: dict
     assert state["step"] == 5 // params.get("accumulate", 1)
     assert state["step"] not in straight.steps
     assert differences(straight, train(tmp_path, built, settings, state), state["step"]) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_the_step_in_which_it_comes_and_the_resume_is_exact(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    settings = Settings(epochs=2, device="cpu", keep_last=100)
+
+    def built() -> tracked.Task:
+        return failing(tiny.build(tiny.Params()), 5, lambda _: signal.raise_signal(number), raises=False)
+
+    def signalled(run: Run) -> None:
+        with leaving_on_signals(run):
+            fitting(built)(run)
+
+    with pytest.raises(Paused) as left:
+        train(tmp_path / "left", signalled, settings)
+    assert (left.value.code, left.value.reason) == (75, number.name)
+    state = newest(tmp_path / "left")
+    assert state["step"] == 5
+    straight = train(tmp_path, fitting(lambda: tiny.build(tiny.Params())), settings)
+    again = train(tmp_path, fitting(lambda: tiny.build(tiny.Params())), settings, state)
+    assert differences(straight, again, 5) == []
 
 
 def set_a_weight(task: tracked.Task) -> None:

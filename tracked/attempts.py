@@ -32,6 +32,7 @@ from tracked.errors import (
 from tracked.names import (
     ATTEMPT,
     CHECKPOINT,
+    COMMAND,
     FILE,
     FORKED_FROM,
     HANDLE,
@@ -161,6 +162,10 @@ def take_over(
             time.sleep(sender.grace_seconds())
         # From here on nobody else adds points, so what stands there now is all there will be.
         seen, view = view, ask(lambda: server.get_run(view.run_id))
+        if (
+            COMMAND in view.tags
+        ):  # it was for an attempt that is over; what comes from here on is for this one
+            ask(lambda: server.drop_tag(view.run_id, COMMAND))
         state = ask(lambda: restore(server, view, folder, say))
         replay = ask(lambda: _beyond(server, view, state["points"]["last"]))
     except BaseException:

@@ -187,7 +187,7 @@ class Delivery:
             if self._is_mine(view, asked) and not self._ended:
                 self.server.set_status(view.run_id, "RUNNING")
                 self.server.set_tags(view.run_id, self._start["tags"])
-                self._drop_tags(view, COMMAND, STOP_REASON)
+                self._drop_tags(view, STOP_REASON)
         else:
             tried = self.run.about.get("creating", False)
             self.tell(creating=True, handle=self.run.handle)
