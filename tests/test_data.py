@@ -246,6 +246,7 @@ def test_batches_are_built_under_one_thread() -> None:
         ({"num_workers": -1}, "num_workers"),
         ({"prefetch_factor": 2}, "prefetch_factor"),
         ({"persistent_workers": True}, "persistent_workers"),
+        ({"num_workers": 2, "in_order": False}, "in_order=True"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -285,6 +286,13 @@ def test_data_that_gives_no_batch_is_refused(samples: int, options: dict[str, An
 _IMAGE = torch.zeros(3, 4, 4)
 
 
+class Own:
+    """A batch of a class of one's own."""
+
+    def __init__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        self.inputs, self.targets = inputs, targets
+
+
 @pytest.mark.parametrize(
     ("batch", "samples"),
     [
@@ -298,6 +306,9 @@ _IMAGE = torch.zeros(3, 4, 4)
         ([[torch.zeros(5, 2), torch.zeros(5, 3)], torch.zeros(5)], 5),
         (((_IMAGE, _IMAGE), ({"boxes": torch.zeros(7, 4)}, {})), 2),
         ([(_IMAGE, _IMAGE), ({}, {})], 2),
+        (([_IMAGE, _IMAGE], [{"boxes": torch.zeros(7, 4)}, {}]), 2),
+        ([(_IMAGE, {}), (_IMAGE, {}), (_IMAGE, {}), (_IMAGE, {})], 4),
+        (Own(torch.zeros(5, 2), torch.zeros(5)), 5),
         (["one", "two"], 2),
         ({"text": ["one", "two"]}, 2),
         ([["one", "two"], torch.zeros(2)], 2),

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ CASES: dict[str, dict[str, Any]] = {
     "AMSGrad": {"optimizer": "amsgrad"},
     "RMSprop": {"optimizer": "rmsprop"},
     "Adagrad": {"optimizer": "adagrad"},
+    **{
+        name: {"optimizer": name.lower(), "lr": 0.01}
+        for name in ("Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "Rprop")
+    },
+    "LBFGS, which asks several times": {"optimizer": "lbfgs", "accumulate": 3, "clip": 0.5},
+    "a fused optimizer behind a scaler": {"optimizer": "fused", "precision": "fp16", "clip": 0.5},
     "two parameter groups": {"optimizer": "two groups", "scheduler": "step"},
     "a schedule per epoch": {"scheduler": "step"},
     "one cycle per step": {"scheduler": "one cycle"},
@@ -73,11 +80,19 @@ CASES: dict[str, dict[str, Any]] = {
     "a cyclic schedule per step": {"scheduler": "cyclic"},
     "milestones per step": {"scheduler": "multistep"},
     "warm-up, then cosine": {"scheduler": "warm-up"},
+    "an exponential schedule per epoch": {"scheduler": "exponential"},
+    "a product per step": {"scheduler": "multiplied"},
+    "a polynomial per step": {"scheduler": "polynomial"},
+    "warm restarts per step": {"scheduler": "restarts"},
+    "two schedules at once": {"scheduler": "chained"},
+    "a schedule for each group": {"scheduler": "rates by group", "optimizer": "two groups"},
     "a schedule that waits on a plateau": {"scheduler": "plateau"},
     "accumulation, with a short last window": {"accumulate": 3, "samples": 34, "scheduler": "warm-up"},
     "clipped gradients": {"clip": 0.5},
     "bfloat16": {"precision": "bf16"},
     "float16 with a scaler that skips steps": {"precision": "fp16", "scale": 30.0, "lr": 1e-4},
+    "a compiled model": {"backend": "aot_eager", "optimizer": "adamw"},
+    "a compiled model with a scaler": {"backend": "eager", "precision": "fp16", "clip": 0.5, "accumulate": 2},
     "tied weights": {"tied": True, "optimizer": "adamw"},
     "channels last": {"pictures": True, "optimizer": "adamw"},
     "no validation": {"evaluate": False},
@@ -143,6 +158,67 @@ def test_a_plateau_is_judged_by_the_same_value_when_the_evaluation_lies_before_t
         epochs=4, eval_every="2 epochs", checkpoint_every=("1 epoch",), keep_last=100, device="cpu"
     )
     found = differing(tmp_path, tiny_body(scheduler="plateau"), settings)
+    assert found == nothing(found)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_training_by_iterations_that_restarts_the_data_resumes_as_exactly(
+    accumulate: int, tmp_path: Path
+) -> None:
+    # Evaluations and logs on grids of their own, by steps and by epochs, across the ends of epochs.
+    params = {"accumulate": accumulate, "collate": True, "scheduler": "one cycle"}
+    for evaluated, logged in (("3 steps", "1 epoch"), ("1 epoch", "2 steps")):
+        settings = Settings(
+            max_steps=11, eval_every=evaluated, log_every=logged, checkpoint_every=("2 steps",), keep_last=100
+        )
+        found = differing(tmp_path, tiny_body(**params), settings)
+        assert found == nothing(found)
+
+
+def test_a_training_by_iterations_is_made_longer_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    longer = Settings(max_steps=11, checkpoint_every=("100 steps",), keep_last=100, device="cpu")
+    first = train(tmp_path, tiny_body(), replace(longer, max_steps=5))
+    straight, second = (train(tmp_path, tiny_body(), longer, state) for state in (None, first.last))
+    assert (first.run.step, second.run.step) == (5, 11)
+    second.points[:] = [point for point in first.points if point[1] <= 5] + second.points
+    assert straight.points == second.points
+    models = [each.last["model_state_dict"] for each in (straight, second)]
+    assert compare_states(*models)[1] == []
+
+
+def test_what_trains_in_nobodys_hands_has_no_say_in_what_is_clipped(tmp_path: Path) -> None:
+    def built() -> tracked.Task:
+        task = tiny.build(tiny.Params(clip=0.1, accumulate=2))
+        # The other layers gather gradients that nobody takes back.
+        task.optimizer = torch.optim.SGD(task.model[4].parameters(), lr=0.05)  # type: ignore[index]
+        return task
+
+    found = differing(tmp_path, fitting(built), SETTINGS)
+    assert found == nothing(found)
+
+
+LOADERS: dict[str, dict[str, Any]] = {
+    "pinned memory": {"num_workers": 1, "pin_memory": True},
+    "workers that seed themselves": {"num_workers": 2, "worker_init_fn": random.seed},
+    "workers that stay": {
+        "num_workers": 2,
+        "persistent_workers": True,
+        "prefetch_factor": 3,
+        "timeout": 30,
+        "drop_last": True,
+    },
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS.keys())
+def test_whatever_the_loader_is_told_a_resume_is_exact(loader: dict[str, Any], tmp_path: Path) -> None:
+    def built() -> tracked.Task:
+        task = tiny.build(tiny.Params(noise="python"))
+        task.loader = loader
+        return task
+
+    settings = Settings(max_steps=9, checkpoint_every=("4 steps",), keep_last=100, device="cpu")
+    found = differing(tmp_path, fitting(built), settings)
     assert found == nothing(found)
 
 

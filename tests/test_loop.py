@@ -22,6 +22,7 @@ from tracked import loop
 from tracked.attempts import rehearse
 from tracked.data import Batches
 from tracked.errors import LossNotFinite, UsageError
+from tracked.journal import Reader
 from tracked.loop import choose_device, learning_rates
 from tracked.schedule import Settings
 from tracked.seeding import derive, seed_generators
@@ -335,6 +336,101 @@ def test_a_training_whose_checkpoints_cannot_be_written_goes_on(
     assert list(values(found, "train/loss")) == list(range(1, 13))
     assert found.steps == []
     assert "a checkpoint could not be written" in caplog.text
+
+
+def test_a_monitor_that_is_never_logged_is_refused_before_the_first_batch(tmp_path: Path) -> None:
+    class Untouched(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            raise AssertionError
+
+    given: dict[str, Any] = {
+        "train_data": Untouched(*DATA.tensors),
+        "metrics": {"error": nn.functional.l1_loss},
+    }
+    with pytest.raises(UsageError, match="one of val/loss, val/error, train/loss"):
+        fitted(tmp_path, monitor="val/accuracy", **given)
+    with pytest.raises(UsageError, match="'val/loss' is never logged"):
+        fitted(tmp_path, replace(SETTINGS, monitor="val/loss"), val_data=None, **given)
+
+
+def plateau(**changes: Any) -> tracked.Task:
+    found = task(val_data=None, lr=1e-6, **changes)
+    found.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(found.optimizer, patience=0, threshold=0.99)
+    return found
+
+
+def test_a_plateau_has_something_to_look_at_or_is_refused(tmp_path: Path) -> None:
+    found = train(tmp_path, fitting(lambda: plateau(monitor="train/loss")), replace(SETTINGS, epochs=3))
+    assert len(values(found, "lr")) > 1
+    with pytest.raises(UsageError, match="waits on a plateau, and no metric is monitored"):
+        train(tmp_path, fitting(plateau), SETTINGS)
+
+
+def test_what_never_comes_is_told_before_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def built() -> tracked.Task:
+        found = task()
+        found.model[0].weight.requires_grad_(False)  # type: ignore[index]
+        found.unfreeze = {3: "0"}
+        return found
+
+    train(tmp_path, fitting(built), replace(SETTINGS, log_every=13, eval_every="3 epochs"))
+    assert "the training loss is due every 13 steps, and the training has 12 steps" in caplog.text
+    assert "an evaluation is due every 3 epochs, and the training has 2 epochs" in caplog.text
+    assert "unfreeze at epoch 3 will not come: the training has 2 epochs" in caplog.text
+    settings = replace(SETTINGS, log_every="3 epochs", monitor="train/loss", patience=1)
+    with pytest.raises(UsageError, match="--log-every"):
+        fitted(tmp_path, settings)
+
+
+def test_the_training_loss_is_logged_as_a_mean_over_the_epoch(tmp_path: Path) -> None:
+    each, mean = fitted(tmp_path), fitted(tmp_path, replace(SETTINGS, log_every="1 epoch"))
+    losses = list(values(each, "train/loss").values())
+    assert values(mean, "train/loss") == pytest.approx({6: sum(losses[:6]) / 6, 12: sum(losses[6:]) / 6})
+    with pytest.raises(UsageError, match="steps or epochs"):
+        Settings(log_every="5 min")
+
+
+def test_a_validation_batch_that_weighs_nothing_counts_for_nothing(tmp_path: Path) -> None:
+    def step(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        counts = batch[0][:, 0] > threshold
+        loss: Tensor = model(batch[0]).mean() * 0 + batch[0][counts, 0].mean()
+        return (model(batch[0]).mean() if model.training else loss), counts.sum()
+
+    threshold = 0.9  # some batches of 2 have no such sample, and a mean over none is NaN
+    found = fitted(tmp_path, replace(SETTINGS, epochs=1), step=step, loss=None, batch_size=2, accumulate=11)
+    expected = INPUTS[INPUTS[:, 0] > threshold, 0].mean().item()
+    assert values(found, "val/loss") == pytest.approx({1: expected})
+
+
+def test_lbfgs_finds_in_a_step_what_others_need_many_for_and_has_no_scaler(tmp_path: Path) -> None:
+    def built(**changes: Any) -> tracked.Task:
+        found = task(model=nn.Linear(3, 1), batch_size=22, **changes)
+        found.optimizer = torch.optim.LBFGS(found.model.parameters(), line_search_fn="strong_wolfe")
+        return found
+
+    found = train(tmp_path, fitting(built), replace(SETTINGS, epochs=1))
+    assert values(found, "train/loss")[1] > 0.1  # where the step began
+    assert values(found, "val/loss")[1] < 1e-6
+    with pytest.raises(UsageError, match="LBFGS"):
+        train(tmp_path, fitting(lambda: built(precision="fp16")), SETTINGS)
+
+
+@pytest.mark.parametrize(("dynamic", "tagged"), [(None, True), (False, False)])
+def test_a_compiled_model_whose_kernels_depend_on_what_came_before_is_tagged(
+    dynamic: bool | None, tagged: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempt = rehearse(tmp_path, {})
+    with Run(attempt, SETTINGS) as run:
+        built = task()
+        built.model = torch.compile(built.model, backend="eager", dynamic=dynamic)  # type: ignore[assignment]
+        loop.fit(built, run)
+    (journal,) = attempt.folder.journals()
+    records = Reader(journal, ("points",)).records("points")
+    found = [record.body for record in records if record.kind == "tags"]
+    assert any(body.get("mlflow.tracked.exact") == "false" for body in found) is tagged
+    assert ("torch.compile(model, dynamic=False)" in caplog.text) is tagged
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "nonsense"])

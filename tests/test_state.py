@@ -137,6 +137,49 @@ def test_a_compiled_model_is_saved_under_its_own_names() -> None:
     attached(model=network()).restore(state)
 
 
+def test_a_compiled_part_of_a_model_goes_by_the_names_that_it_has_without() -> None:
+    def built(compiled: bool) -> nn.Sequential:
+        part = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        part[1].register_buffer("drawn", torch.rand(2), persistent=False)
+        whole = nn.Sequential(part, nn.Linear(3, 1))
+        if compiled:
+            whole[0] = torch.compile(part)  # type: ignore[assignment]
+        return whole
+
+    for compiled in (True, False):
+        model, other = built(compiled), built(not compiled)
+        optimizer = torch.optim.AdamW(model.parameters())
+        state = copy.deepcopy(attached(model=model, optimizer=optimizer).capture())
+        assert "_orig_mod" not in str(state)
+        attached(model=other, optimizer=torch.optim.AdamW(other.parameters())).restore(state)
+        pairs = zip(
+            (*model.parameters(), *model.buffers()), (*other.parameters(), *other.buffers()), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+class Trainer:
+    """Saves the optimizer that it holds."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.inner = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state)
+
+
+def test_a_scheduler_without_the_optimizer_that_it_drives_is_refused() -> None:
+    optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    with pytest.raises(UsageError, match="'scheduler' is attached without the optimizer"):
+        attached(scheduler=scheduler).check_together(("scheduler",))
+    for saved in (optimizer, Trainer(optimizer)):
+        attached(saved=saved, scheduler=scheduler).check_together(("saved", "scheduler"))
+
+
 def test_the_device_is_that_of_the_first_parameter() -> None:
     assert attached(model=network().to("meta")).device().type == "meta"
     assert Parts().device().type == "cpu"
@@ -196,16 +239,13 @@ def rates(steps: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> list[
     return seen
 
 
-@pytest.mark.parametrize("first", ["optimizer", "scheduler"])
-def test_a_scheduler_is_not_attached_apart_from_its_optimizer(first: str) -> None:
+def test_a_scheduler_is_not_attached_apart_from_its_optimizer() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    both = {"optimizer": optimizer, "scheduler": SCHEDULES["step"](optimizer)}
-    parts = attached(**{first: both.pop(first)})
-    parts.check_together((first,))
-    ((name, part),) = both.items()
-    parts.attach(name, part)
+    parts = attached(optimizer=optimizer)
+    parts.check_together(("optimizer",))
+    parts.attach("scheduler", SCHEDULES["step"](optimizer))
     with pytest.raises(UsageError, match=r"run\.attach\(…, optimizer=optimizer, scheduler=scheduler\)"):
-        parts.check_together((name,))
+        parts.check_together(("scheduler",))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

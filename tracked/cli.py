@@ -118,7 +118,11 @@ _loop = _options(
         metavar="INTERVAL",
         help='"1 epoch" (default), "200 steps" or "5 min"; several allowed.',
     ),
-    click.option("--log-every", metavar="N|auto", help="Steps between two logged losses (default auto)."),
+    click.option(
+        "--log-every",
+        metavar="N|INTERVAL|auto",
+        help='Steps between two logged losses (default auto), or "1 epoch".',
+    ),
     click.option("--keep-last", type=int, metavar="K", help="Newest checkpoints to keep (3)."),
     click.option("--keep-best", type=int, metavar="K", help="Best checkpoints to keep (1)."),
     click.option("--monitor", metavar="METRIC", help="The metric that best and patience look at."),
@@ -177,9 +181,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     given = {name: options.pop(name) for name in _LOOP_NAMES}
     settings = {name: value for name, value in given.items() if value not in (None, ())}
     every = settings.get("log_every")
-    if every is not None and every != "auto":
-        if not every.isdigit():
-            raise UsageError(f"--log-every is {every!r}", expected="a number of steps, or auto")
+    if every is not None and every.isdigit():
         settings["log_every"] = int(every)
     return settings
 

@@ -99,6 +99,11 @@ def loading(source: Any, **options: Any) -> DataLoader[Any]:
     Raises:
         UsageError: An argument that it does not know, or that cannot be used.
     """
+    if not options.get("in_order", True):
+        raise UsageError(
+            "loader has in_order=False, which makes the order of the batches a matter of luck",
+            expected="in_order=True: a resume goes on with the very next batch",
+        )
     try:
         return DataLoader(source, **options)
     except (TypeError, ValueError) as error:
@@ -268,15 +273,29 @@ def size(batch: Any) -> int:
         if isinstance(batch, Mapping):
             batch = next(iter(batch.values()), None)
         elif isinstance(batch, (list, tuple)) and batch:
+            if outermost and (rows := _rows(batch)):
+                return rows
             # A batch is a row of columns, inputs first. A tuple in it is a column of samples, as `zip(*samples)`
             # gives for pictures of different sizes; `default_collate` makes lists of columns.
             samples = type(batch) is tuple and not outermost
             if samples or not isinstance(batch[0], (torch.Tensor, Mapping, list, tuple)):
                 return len(batch)
             batch = batch[0]
+        elif hasattr(batch, "__dict__") and vars(batch):  # of a class of one's own
+            batch = next(iter(vars(batch).values()))
         else:
             return 1
         outermost = False
+
+
+def _rows(batch: Sequence[Any]) -> int:
+    """The samples in lists such as `default_collate` never makes: of rows, or with a column of dicts; else 0."""
+    if not all(isinstance(each, (list, tuple)) and each for each in batch):
+        return 0
+    if any(len({isinstance(part, Mapping) for part in each}) == 2 for each in batch):
+        return len(batch)
+    is_column = any(isinstance(each[0], Mapping) for each in batch) and len({*map(len, batch)}) == 1
+    return len(batch[0]) if is_column else 0
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -28,7 +28,7 @@ from tracked.errors import CheckpointError, StateMismatch, UsageError
 from tracked.freezing import freeze, table, train_mode, trainable, unfreeze, unfreeze_until
 from tracked.place import Place
 from tracked.spool import RunFolder
-from tracked.state import uncompiled
+from tracked.state import load_module, module_state
 
 __all__ = [
     "LoadReport",
@@ -190,9 +190,8 @@ def load_weights(
         RunNotFound: There is no such run.
         RunNotResumable: The run has no checkpoint.
     """
-    model = uncompiled(model)
     content = _of_run(str(source), tracking_uri) if _is_run(source) else _of_file(Path(source))
-    present = {name: each for name, each in model.state_dict().items() if isinstance(each, Tensor)}
+    present = {name: each for name, each in module_state(model).items() if isinstance(each, Tensor)}
     found = max(_candidates(content), key=lambda candidate: len(_fitting(candidate, present)), default={})
     loaded = _fitting(found, present)
     if not loaded:
@@ -222,7 +221,7 @@ def load_weights(
             expected="the same names and shapes in file and model",
             try_next="partial=True for whatever fits, or the names that need not: partial=['fc']",
         )
-    model.load_state_dict(loaded, strict=False)
+    load_module(model, loaded, strict=False)
     return report
 
 

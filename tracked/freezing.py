@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tracked.errors import UsageError
-from tracked.state import uncompiled
+from tracked.state import own_name
 
 Patterns = str | Sequence[str]
 Schedule = Mapping[int, Patterns]
@@ -77,7 +77,7 @@ def train_mode(model: nn.Module) -> None:
 
 def table(model: nn.Module) -> str:
     """What trains and what is frozen, by the model's children (by theirs, where one is mixed), with counts."""
-    names = dict(uncompiled(model).named_parameters())
+    names = _parameters(model)
     rows: list[tuple[str, str, str]] = []
     for child, parameters in _grouped(names, 1).items():
         if len({each.requires_grad for each in parameters.values()}) == 1:
@@ -140,7 +140,7 @@ def check_trains(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     Raises:
         UsageError: Everything is frozen, or the optimizer holds nothing that trains.
     """
-    parameters = dict(uncompiled(model).named_parameters())
+    parameters = _parameters(model)
     trains = {name: each for name, each in parameters.items() if each.requires_grad}
     if parameters and not trains:
         raise _all_frozen(f"all {len(parameters)} parameters of the model are frozen as the training begins")
@@ -156,7 +156,7 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Paramete
     """The parameters that the patterns mean, each pattern at least one, by name (tied ones by all of theirs)."""
     if not patterns:
         raise UsageError("no pattern is given", expected='dotted names, such as "backbone" or "layer4.*"')
-    parameters = dict(uncompiled(model).named_parameters(remove_duplicate=False))
+    parameters = _parameters(model, tied=True)
     # A parameter goes by its own name and by those of the modules around it.
     paths = {name: list(accumulate(name.split("."), "{}.{}".format)) for name in parameters}
     for pattern in patterns:
@@ -174,6 +174,11 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Paramete
         for name, path in paths.items()
         if any(fnmatchcase(each, pattern) for each in path for pattern in patterns)
     }
+
+
+def _parameters(model: nn.Module, *, tied: bool = False) -> dict[str, nn.Parameter]:
+    """By their own names, compiled or not; with `tied`, those that have several by each of them."""
+    return {own_name(name): each for name, each in model.named_parameters(remove_duplicate=not tied)}
 
 
 def _frozen_normalizations(model: nn.Module) -> list[nn.Module]:

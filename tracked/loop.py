@@ -7,7 +7,7 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,11 @@ from tracked.data import Batches, size, to_device
 from tracked.errors import SpoolError, TrackedError, UsageError
 from tracked.experiment import Task
 from tracked.freezing import check_schedule, check_trains, table, train_mode, unfreeze_until
+from tracked.names import EXACT
 from tracked.points import scalar
 from tracked.schedule import Due, Interval
 from tracked.seeding import derive, preserved_generators, seed_generators
-from tracked.state import Parts, uncompiled
+from tracked.state import Parts, load_module, module_state
 from tracked.streams import Stream, batches_of, rewound
 from tracked.tracking import Run, not_finite
 
@@ -43,7 +44,7 @@ def fit(task: Task, run: Run) -> None:
     """
     settings = run.settings
     device = choose_device(settings.device)
-    _check_precision(task.precision, device)
+    _check_precision(task, device)
     task.model.to(device)
     for metric in task.metrics.values():
         if isinstance(metric, torch.nn.Module):  # as those of torchmetrics are
@@ -53,13 +54,13 @@ def fit(task: Task, run: Run) -> None:
     check_trains(task.model, task.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=task.precision == "fp16")
     window_loss = _Mean()
-    if task.val_data is not None:
+    if task.val_data is not None or task.monitor.startswith("train/"):
         settings = replace(
             settings, monitor=settings.monitor or task.monitor, mode=settings.mode or task.mode
         )
+    _check_monitor(task, settings.monitor)
     if settings.epochs is None and settings.max_steps is None:
         settings = replace(settings, epochs=DEFAULT_EPOCHS)
-    _check_monitor(task, settings.monitor)
     run.configure(
         settings,
         batch_size=task.batch_size,
@@ -71,6 +72,7 @@ def fit(task: Task, run: Run) -> None:
     _check_saved(task)
     if isinstance(task.loss, torch.nn.Module):
         task.loss.to(device)
+    _check_compiled(task.model, run)
     run.attach(**_parts(task))
     run.attach(scaler=scaler, running_loss=window_loss, **_stateful_metrics(task))
     run.require_finite("train/loss")
@@ -99,7 +101,7 @@ def fit(task: Task, run: Run) -> None:
         value = loss.item() if loss.is_cpu else loss.double()
         window_loss.update(value)
         run.overfitting.add(value)
-        if settings.logs_at(run.step):
+        if settings.logs_at(run.step, run.epoch if run.epoch_ended else None):
             run.log({"train/loss": window_loss.take(), **run.changed(rates)})
         if task.scheduler is not None and task.scheduler_interval == "step":
             _advance(task.scheduler, run)
@@ -107,7 +109,8 @@ def fit(task: Task, run: Run) -> None:
             step=run.step, epoch=run.epoch, epoch_ended=run.epoch_ended
         ):
             metrics = evaluate(task, device, run)
-            _check_monitored(metrics, settings.monitor)
+            if settings.monitor is not None and settings.monitor not in (*metrics, "train/loss"):
+                raise _never_logged(settings.monitor, sorted(metrics))
             run.log(metrics)
             _tell_of_overfitting(metrics, run)
             if run.stopping.is_out_of_patience:
@@ -117,7 +120,7 @@ def fit(task: Task, run: Run) -> None:
             if task.scheduler is not None and task.scheduler_interval == "epoch":
                 _advance(task.scheduler, run)
     if run.stopping.is_out_of_patience and (best := run.best_state()):
-        uncompiled(task.model).load_state_dict(best["model_state_dict"])
+        load_module(task.model, best["model_state_dict"])
 
 
 def _parts(task: Task) -> dict[str, Any]:
@@ -148,7 +151,7 @@ def _begin_epoch(task: Task, run: Run, modules: Sequence[torch.nn.Module], *, fi
         first: Whether it is the first of this process.
     """
     if first:
-        _check_intervals(task, run)
+        _check_due(task, run)
     due = run.epoch in task.unfreeze
     # With a batch an epoch this is the way of every step: what changes nothing is passed over.
     if first or due or not all(module.training for module in modules):
@@ -190,29 +193,38 @@ def train_step(
     Raises:
         LossNotFinite: The loss is NaN or infinite (on CUDA found a moment later, by the run itself).
     """
+    if not task.model.training:  # a step of one's own has left it in eval mode
+        train_mode(task.model)
+    losses: list[torch.Tensor] = []
+
+    def closure() -> torch.Tensor:
+        _drop_gradients(task.optimizer)
+        losses.append(_gradients(task, scaler, window, device, run))
+        return losses[-1]
+
+    asks_again = isinstance(task.optimizer, torch.optim.LBFGS)
     try:
-        loss = _gradients(task, scaler, window, device, run)
+        if asks_again:  # several times, and the first time where it stands
+            task.optimizer.step(closure)
+        else:
+            losses.append(_gradients(task, scaler, window, device, run))
     except TrackedError:
         raise
     except Exception:
         if before.put_back():
             run.undo_step()
         raise
-    scaler.step(task.optimizer)
-    scaler.update()
+    if not asks_again:
+        scaler.step(task.optimizer)
+        scaler.update()
     _drop_gradients(task.optimizer)
-    return loss
+    return losses[0]
 
 
 def _gradients(
     task: Task, scaler: torch.amp.GradScaler, window: Sequence[Any], device: torch.device, run: Run
 ) -> torch.Tensor:
-    """The gradients of a window, as those of one batch of all of it; its mean loss.
-
-    The weight of a batch is the number of its samples, or what `task.step` says, such as its tokens.
-    """
-    if not task.model.training:  # a step of one's own has left it in eval mode
-        train_mode(task.model)
+    """Give what the optimizer holds the (clipped) gradients of the window's mean loss, and return that loss."""
     parts, shares = [], []
     first: Any = None
     for batch in window:
@@ -237,15 +249,14 @@ def _gradients(
             f"all {len(window)} batches of step {run.step} weigh nothing",
             expected="step(model, batch) -> (loss, weight), with a weight above 0 in each window",
         )
+    # Of nothing else: nobody takes back the gradients of what the optimizer does not hold.
+    held = [each for group in task.optimizer.param_groups for each in group["params"]]
     if len(window) > 1:
         # What the window weighs in all is known only now.
-        held = [each for group in task.optimizer.param_groups for each in group["params"]]
-        parameters = {id(each): each for each in (*task.model.parameters(), *held)}.values()
-        gradients = [each.grad for each in parameters if each.grad is not None]
-        torch._foreach_div_(gradients, sum(shares))
+        torch._foreach_div_([each.grad for each in held if each.grad is not None], sum(shares))
     if task.clip_norm is not None:
         scaler.unscale_(task.optimizer)
-        torch.nn.utils.clip_grad_norm_(task.model.parameters(), task.clip_norm)
+        torch.nn.utils.clip_grad_norm_(held, task.clip_norm)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum() / sum(shares)
 
 
@@ -268,15 +279,15 @@ def evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
 
 def _evaluate_best(task: Task, device: torch.device, run: Run) -> dict[str, float]:
     """The metrics of the best weights as `best/…`; the model is left as it was, for the last checkpoint."""
-    best, model = run.best_state(), uncompiled(task.model)
+    best = run.best_state()
     if best is None:
         return {}
-    last = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(best["model_state_dict"])
+    last = {name: value.clone() for name, value in module_state(task.model).items()}
+    load_module(task.model, best["model_state_dict"])
     try:
         return {f"best/{key}": value for key, value in evaluate(task, device, run).items()}
     finally:
-        model.load_state_dict(last)
+        load_module(task.model, last)
 
 
 def _evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
@@ -324,6 +335,9 @@ def _measure(task: Task, loader: Iterator[Any], device: torch.device) -> dict[st
     for batch in loader:
         with _autocast(task.precision, device):
             found, weight, outputs, targets = _judge(task, batch)
+        weight = float(weight)
+        if not weight:
+            continue  # a mean over nothing
         for name, function in functions.items():
             found[name] = function(outputs, targets)
         for metric in objects.values():
@@ -332,7 +346,12 @@ def _measure(task: Task, loader: Iterator[Any], device: torch.device) -> dict[st
             number = scalar(name, value)
             exact = number.double() if isinstance(number, torch.Tensor) else number
             sums[name] = sums.get(name, 0.0) + exact * weight
-        total += float(weight)
+        total += weight
+    if not total:
+        raise UsageError(
+            "all batches of an evaluation weigh nothing",
+            expected="step(model, batch) -> (loss, weight), with a weight above 0 in each validation set",
+        )
     means = {name: value / total for name, value in sums.items()}
     for name, metric in objects.items():
         computed = metric.compute()
@@ -395,9 +414,33 @@ def _check_saved(task: Task) -> None:
         )
 
 
-def _check_precision(precision: str, device: torch.device) -> None:
-    if precision == "fp32":
+def _check_compiled(model: torch.nn.Module, run: Run) -> None:
+    """Say that a compiled model may not be exact.
+
+    By default a second batch size has kernels made that are then used for the first one too, so the bits
+    depend on the sizes that this very process has seen before.
+    """
+    for module in model.modules():
+        context = getattr(module, "dynamo_ctx", None)
+        # Of a module that is compiled in place nobody can tell.
+        if module._compiled_call_impl is not None if context is None else context._dynamic is None:  # noqa: SLF001
+            run.progress.warn(
+                "the kernels of the compiled model depend on the batch sizes seen before: after a resume the bits "
+                "may differ\n  to be exact: torch.compile(model, dynamic=False)"
+            )
+            run.record({EXACT: "false"})
+            return
+
+
+def _check_precision(task: Task, device: torch.device) -> None:
+    if (precision := task.precision) == "fp32":
         return
+    if precision == "fp16" and isinstance(task.optimizer, torch.optim.LBFGS):
+        raise UsageError(
+            "precision is 'fp16', and LBFGS asks for the loss several times in a step, which no scaler allows",
+            expected="another precision",
+            try_next='precision="bf16"',
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch warns, and goes on in full precision
@@ -413,29 +456,60 @@ def _check_precision(precision: str, device: torch.device) -> None:
         )
 
 
-def _check_intervals(task: Task, run: Run) -> None:
-    """Say before the first step that no evaluation, or no logged loss, will come.
+def _check_due(task: Task, run: Run) -> None:
+    """Say before the first step what will not come in a training of this length.
 
     Raises:
-        UsageError: Patience waits for one.
+        UsageError: Patience waits for it.
     """
-    settings = run.settings
-    if run.total_steps is not None and settings.log_every != "auto" and settings.log_every > run.total_steps:
-        found = (
-            f"train/loss is logged every {settings.log_every} steps, and the training has {run.total_steps}"
+    settings, judged_by_training = run.settings, (run.settings.monitor or "").startswith("train/")
+    awaited = []
+    if task.val_data is not None:
+        awaited.append(("an evaluation", "eval-every", settings.eval_every, not judged_by_training))
+    if settings.log_every != "auto":
+        every = settings.log_every
+        text = f"{every} step{'s' * (every != 1)}" if isinstance(every, int) else every
+        awaited.append(("the training loss", "log-every", text, judged_by_training))
+    for what, option, text, is_judged in awaited:
+        interval = Interval.parse(text)
+        last = run.total_steps if interval.unit == "step" else settings.epochs
+        if last is None or interval.every <= last:
+            continue
+        found = f"{what} is due every {text}, and the training has {last} {interval.unit}s"
+        if settings.patience is not None and is_judged:
+            raise UsageError(found, expected="a shorter interval", try_next=f'--{option} "1 {interval.unit}"')
+        run.progress.warn(f"{found}: none will come")
+    if settings.epochs is not None and (late := [each for each in task.unfreeze if each > settings.epochs]):
+        run.progress.warn(
+            f"unfreeze at epoch {min(late)} will not come: the training has {settings.epochs} epochs"
         )
-        run.progress.warn(f"{found}: it never is")
-    if task.val_data is None:
+
+
+def _check_monitor(task: Task, monitor: str | None) -> None:
+    """Refuse before the first batch, as far as that is known by then, a metric that is never logged."""
+    if monitor is None:
+        if isinstance(task.scheduler, ReduceLROnPlateau):
+            raise UsageError(
+                "the scheduler waits on a plateau, and no metric is monitored",
+                expected="val_data, or another metric that is logged",
+                try_next="--monitor train/loss",
+            )
         return
-    every = Interval.parse(settings.eval_every)
-    last = run.total_steps if every.unit == "step" else run.total_epochs
-    if last is None or every.every <= last:
-        return
-    found = f"an evaluation is due every {settings.eval_every}, and the training has {last:g} {every.unit}s"
-    if settings.patience is not None:
-        unit = every.unit if last >= 1 else "step"
-        raise UsageError(found, expected="a shorter interval", try_next=f'--eval-every "1 {unit}"')
-    run.progress.warn(f"{found}: none will come")
+    sets = [*task.val_data] if isinstance(task.val_data, Mapping) else ["val"] * (task.val_data is not None)
+    names = [f"{each}/{name}" for each in sets for name in ("loss", *task.metrics)] + ["train/loss"]
+    if task.evaluate is not None and sets:
+        return  # nobody knows what it gives
+    # What computes a dict has names of its own.
+    if monitor not in names and not monitor.startswith(tuple(f"{name}/" for name in names)):
+        raise _never_logged(monitor, names)
+
+
+def _never_logged(monitor: str, names: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"the monitored metric {monitor!r} is never logged",
+        expected=f"one of {', '.join(names)}",
+        try_next=f"--monitor {next(iter(names), 'val/loss')}",
+    )
 
 
 def _advance(scheduler: Any, run: Run) -> None:
@@ -444,33 +518,6 @@ def _advance(scheduler: Any, run: Run) -> None:
         scheduler.step()
     elif (monitored := run.latest().get(run.settings.monitor or "")) is not None:
         scheduler.step(monitored)
-
-
-def _check_monitor(task: Task, monitor: str | None) -> None:
-    """See before the first batch that an evaluation will log it; what is computed as a dict tells its names later.
-
-    Raises:
-        UsageError: It will not.
-    """
-    if task.val_data is None:
-        names = ["train/loss"]
-    else:
-        sets = task.val_data if isinstance(task.val_data, Mapping) else {"val": task.val_data}
-        names = [f"{each}/{name}" for each in sets for name in ("loss", *task.metrics)]
-        objects = [name for name, metric in task.metrics.items() if hasattr(metric, "compute")]
-        open_ended = sets if task.evaluate else [f"{each}/{name}" for each in sets for name in objects]
-        if monitor is not None and monitor.startswith(tuple(f"{each}/" for each in open_ended)):
-            return
-    _check_monitored(names, monitor)
-
-
-def _check_monitored(names: Collection[str], monitor: str | None) -> None:
-    if monitor is not None and monitor not in names and not monitor.startswith("train/"):
-        raise UsageError(
-            f"the monitored metric {monitor!r} is never logged",
-            expected=f"one of {', '.join(sorted(names))}",
-            try_next=f"--monitor {min(names, default='val/loss')}",
-        )
 
 
 def _stateful_metrics(task: Task) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal
 
 from tracked.errors import UsageError
@@ -36,6 +37,7 @@ class Interval:
     unit: Unit
 
     @classmethod
+    @cache
     def parse(cls, text: str) -> Interval:
         """Read "1 epoch", "200 steps" or "5 min".
 
@@ -67,7 +69,7 @@ class Settings:
     max_steps: int | None = None
     eval_every: str = "1 epoch"
     checkpoint_every: str | tuple[str, ...] = ("1 epoch",)
-    log_every: int | Literal["auto"] = "auto"
+    log_every: int | str = "auto"
     keep_last: int = 3
     keep_best: int = 1
     monitor: str | None = None
@@ -92,8 +94,14 @@ class Settings:
                     expected=f"{least} or more",
                     try_next=f"--{name.replace('_', '-')} {least}",
                 )
-        if self.log_every != "auto" and self.log_every < 1:
-            raise UsageError(f"log_every is {self.log_every}", expected="1 or more, or auto")
+        if isinstance(self.log_every, int):
+            if self.log_every < 1:
+                raise UsageError(f"log_every is {self.log_every}", expected="1 or more, or auto")
+        elif self.log_every != "auto" and Interval.parse(self.log_every).unit == "second":
+            raise UsageError(
+                f"log_every is {self.log_every!r}",
+                expected="steps or epochs, so that a resumed training logs the same",
+            )
         if self.mode not in (None, "min", "max"):
             raise UsageError(f"mode is {self.mode!r}", expected="min or max")
         if not self.min_delta >= 0:
@@ -114,13 +122,17 @@ class Settings:
         known = {each.name for each in fields(cls)}
         return cls(**{name: item for name, item in value.items() if name in known})
 
-    def logs_at(self, step: int) -> bool:
-        """Whether the training loss is logged at `step`: a function of the step alone.
+    def logs_at(self, step: int, ended: int | None) -> bool:
+        """Whether the training loss is logged at `step`, which completed the epoch `ended`, if any.
 
         `auto` is every step up to 10,000, every 10th up to 100,000, and so on.
         """
-        if self.log_every != "auto":
+        if isinstance(self.log_every, int):
             return step % self.log_every == 0
+        if self.log_every != "auto":
+            interval = Interval.parse(self.log_every)
+            number = step if interval.unit == "step" else ended
+            return number is not None and number % interval.every == 0
         every, until = 1, _LONGEST_RUN_OF_EVERY_STEP
         while step > until:
             every, until = every * 10, until * 10

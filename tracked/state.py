@@ -65,6 +65,12 @@ class Parts:
             UsageError: One of them drives, or is driven by, a part of another call.
         """
         for name, part in self._parts.items():
+            if isinstance(part, LRScheduler) and name in names and not self._is_saved(part.optimizer):
+                raise UsageError(
+                    f"{name!r} is attached without the optimizer that it drives",
+                    expected="both in one call",
+                    try_next=f"run.attach(…, optimizer=optimizer, {name}={name})",
+                )
             for other_name, other in self._parts.items():
                 if getattr(part, "optimizer", None) is other and (name in names) != (other_name in names):
                     raise UsageError(
@@ -72,6 +78,11 @@ class Parts:
                         expected="both in one call",
                         try_next=f"run.attach(…, {other_name}={other_name}, {name}={name})",
                     )
+
+    def _is_saved(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it is a part, or belongs to one that is no scheduler, such as a trainer of one's own."""
+        owners = [each for each in self._parts.values() if not isinstance(each, LRScheduler)]
+        return any(each is optimizer for owner in owners for each in (owner, *vars(owner).values()))
 
     def device(self) -> torch.device:
         """Where the first attached parameter lies; the CPU if there is none."""
@@ -84,7 +95,8 @@ class Parts:
     def capture(self) -> dict[str, Any]:
         """The state of all parts, referring to their tensors (nothing is copied)."""
         state: dict[str, Any] = {
-            f"{name}_state_dict": part.state_dict() for name, part in self._parts.items()
+            f"{name}_state_dict": module_state(part) if isinstance(part, nn.Module) else part.state_dict()
+            for name, part in self._parts.items()
         }
         state["built"] = {name: built for name, built in self._built.items() if built is not None}
         state["optimizer_parameters"] = {
@@ -140,7 +152,7 @@ class Parts:
             saved = _saved(state, name)
             if isinstance(part, nn.Module):
                 _check_module(name, part, saved)
-                part.load_state_dict(saved)
+                load_module(part, saved)
                 _load_buffers(name, part, state.get("other_buffers", {}).get(name, {}))
             elif isinstance(part, torch.optim.Optimizer):
                 recorded = state.get("optimizer_parameters", {}).get(name)
@@ -190,7 +202,7 @@ class Parts:
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {
-            f"{part_name}.{name}": parameter
+            f"{part_name}.{own_name(name)}": parameter
             for part_name, part in self._parts.items()
             if isinstance(part, nn.Module)
             for name, parameter in part.named_parameters()
@@ -210,6 +222,22 @@ def uncompiled(part: Any) -> Any:
     return getattr(part, "_orig_mod", part)
 
 
+def own_name(name: str) -> str:
+    """A dotted name without what `torch.compile` adds, also where only a part of the model is compiled."""
+    return name.replace("_orig_mod.", "")
+
+
+def module_state(module: nn.Module) -> dict[str, Any]:
+    """A module's `state_dict`, whether it or a part of it is compiled or not."""
+    return {own_name(name): value for name, value in module.state_dict().items()}
+
+
+def load_module(module: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Load what `module_state` gave, compiled or not."""
+    present = {own_name(name): name for name in module.state_dict()}
+    module.load_state_dict({present.get(name, name): each for name, each in state.items()}, strict=strict)
+
+
 def _other_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
     """The buffers that a module's `state_dict` leaves out (`persistent=False`), by their dotted names.
 
@@ -217,11 +245,12 @@ def _other_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None
     """
     for path, holder in module.named_modules():
         for leaf in sorted(holder._non_persistent_buffers_set):  # noqa: SLF001 - there is no public way
-            yield f"{path}.{leaf}".lstrip("."), holder._buffers[leaf]  # noqa: SLF001
+            yield own_name(f"{path}.{leaf}".lstrip(".")), holder._buffers[leaf]  # noqa: SLF001
 
 
 def _load_buffers(name: str, module: nn.Module, saved: Mapping[str, torch.Tensor | None]) -> None:
-    holders = dict(module.named_modules())
+    # Of a compiled part the module in it, which comes after its wrapper.
+    holders = {own_name(f"{path}.")[:-1]: holder for path, holder in module.named_modules()}
     for key, value in saved.items():
         path, _, leaf = key.rpartition(".")
         holder = holders.get(path)
@@ -355,7 +384,7 @@ def _saved(state: Mapping[str, Any], name: str) -> Any:
 
 
 def _check_module(name: str, module: nn.Module, saved: Mapping[str, Any]) -> None:
-    present = module.state_dict()
+    present = module_state(module)
     wrong = [f"{key} is not in the checkpoint" for key in present if key not in saved]
     wrong += [f"{key} is not in the model" for key in saved if key not in present]
     wrong += [

@@ -37,6 +37,7 @@ class Params:
     pictures: bool = False
     evaluate: bool = True
     stream: bool = False
+    backend: str = ""
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
@@ -111,13 +112,14 @@ def network(params: Params) -> nn.Module:
         return Twice()
     if params.pictures:
         return Pictures()
-    return nn.Sequential(
+    layers = nn.Sequential(
         nn.Linear(FEATURES, 8),
         nn.BatchNorm1d(8),
         nn.ReLU(),
         Streamed() if params.stream else nn.Dropout(0.3),
         nn.Linear(8, 1),
     )
+    return torch.compile(layers, backend=params.backend) if params.backend else layers  # type: ignore[return-value]
 
 
 def optimizer_of(params: Params, model: nn.Module) -> optim.Optimizer:
@@ -135,6 +137,13 @@ def optimizer_of(params: Params, model: nn.Module) -> optim.Optimizer:
         "rmsprop": lambda: optim.RMSprop(parameters, lr=lr / 5, momentum=0.5, centered=True),
         "adagrad": lambda: optim.Adagrad(parameters, lr=lr),
         "two groups": lambda: optim.AdamW(groups),
+        "lbfgs": lambda: optim.LBFGS(parameters, lr=lr, max_iter=3),
+        # torch's others, as they are built without a word
+        **{
+            name.lower(): lambda name=name: getattr(optim, name)(parameters, lr=lr)  # type: ignore[misc]
+            for name in ("Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "Rprop")
+        },
+        "fused": lambda: optim.AdamW(parameters, lr=lr, fused=True),
     }
     return made[params.optimizer]()
 
@@ -149,6 +158,16 @@ def scheduler_of(params: Params, optimizer: optim.Optimizer) -> Any:
         "long plateau": lambda: lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, threshold=0.9),
         "lambda": lambda: lr_scheduler.LambdaLR(optimizer, lambda count: 1 / (1 + count)),
         "cyclic": lambda: lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, step_size_up=3),
+        "exponential": lambda: lr_scheduler.ExponentialLR(optimizer, 0.9),
+        "multiplied": lambda: lr_scheduler.MultiplicativeLR(optimizer, lambda count: 1 / (1 + count)),
+        "polynomial": lambda: lr_scheduler.PolynomialLR(optimizer, 9, 2),
+        "restarts": lambda: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 3),
+        "chained": lambda: lr_scheduler.ChainedScheduler(
+            [lr_scheduler.ConstantLR(optimizer, 0.5, 4), lr_scheduler.ExponentialLR(optimizer, 0.9)]
+        ),
+        "rates by group": lambda: lr_scheduler.LambdaLR(
+            optimizer, [lambda count: 1 / (1 + count), lambda count: 0.9**count]
+        ),
         "multistep": lambda: lr_scheduler.MultiStepLR(optimizer, [2, 5, 9]),
         "warm-up": lambda: lr_scheduler.SequentialLR(
             optimizer,
@@ -162,7 +181,10 @@ def scheduler_of(params: Params, optimizer: optim.Optimizer) -> Any:
     return made[params.scheduler]()
 
 
-PER_STEP = ("one cycle", "cosine", "lambda", "cyclic", "multistep", "warm-up")
+PER_STEP = (
+    *("one cycle", "cosine", "lambda", "cyclic", "multistep", "warm-up", "multiplied", "polynomial"),
+    *("restarts", "chained", "rates by group"),
+)
 
 
 def mean_error(outputs: Tensor, targets: Tensor) -> Tensor:
