@@ -97,6 +97,20 @@ def test_a_compiled_model_goes_by_the_names_of_the_model_in_it() -> None:
     assert "_orig_mod" not in finetune.table(model)
 
 
+def test_a_compiled_part_goes_by_the_names_that_it_has_without(tmp_path: Path) -> None:
+    model, file = Net(), tmp_path / "weights.pt"
+    torch.save(Net().state_dict(), file)
+    model.backbone = torch.compile(model.backbone)  # type: ignore[assignment]
+    finetune.freeze(model, "backbone.0", "backbone.1.0.weight")
+    assert len(frozen(model)) == 5
+    assert "_orig_mod" not in finetune.table(model)
+    report = finetune.load_weights(model, file)
+    assert (report.missing, report.unexpected) == ((), ())
+    assert torch.equal(
+        dict(model.named_parameters())["backbone._orig_mod.0.0.bias"], torch.load(file)["backbone.0.0.bias"]
+    )
+
+
 @pytest.mark.parametrize(
     ("pattern", "named"), [("bakcbone.*", "backbone"), ("fc.wieght", "fc.weight"), ("xyz", "backbone, fc")]
 )

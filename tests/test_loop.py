@@ -379,6 +379,8 @@ def test_what_never_comes_is_told_before_the_first_step(
     assert "the training loss is due every 13 steps, and the training has 12 steps" in caplog.text
     assert "an evaluation is due every 3 epochs, and the training has 2 epochs" in caplog.text
     assert "unfreeze at epoch 3 will not come: the training has 2 epochs" in caplog.text
+    train(tmp_path, fitting(built), replace(SETTINGS, epochs=None, max_steps=5))
+    assert "an evaluation is due every 1 epoch, and the training has 0 epochs: none will come" in caplog.text
     settings = replace(SETTINGS, log_every="3 epochs", monitor="train/loss", patience=1)
     with pytest.raises(UsageError, match="--log-every"):
         fitted(tmp_path, settings)

@@ -249,14 +249,15 @@ def _gradients(
             f"all {len(window)} batches of step {run.step} weigh nothing",
             expected="step(model, batch) -> (loss, weight), with a weight above 0 in each window",
         )
-    # Of nothing else: nobody takes back the gradients of what the optimizer does not hold.
-    held = [each for group in task.optimizer.param_groups for each in group["params"]]
     if len(window) > 1:
         # What the window weighs in all is known only now.
-        torch._foreach_div_([each.grad for each in held if each.grad is not None], sum(shares))
+        torch._foreach_div_(
+            [each.grad for each in _held(task.optimizer) if each.grad is not None], sum(shares)
+        )
     if task.clip_norm is not None:
         scaler.unscale_(task.optimizer)
-        torch.nn.utils.clip_grad_norm_(held, task.clip_norm)
+        # Not all of the model: nobody takes back the gradients of what the optimizer does not hold.
+        torch.nn.utils.clip_grad_norm_(_held(task.optimizer), task.clip_norm)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum() / sum(shares)
 
 
@@ -265,9 +266,12 @@ def _drop_gradients(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:  # it may do more
         optimizer.zero_grad()
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
+    for parameter in _held(optimizer):
+        parameter.grad = None
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [each for group in optimizer.param_groups for each in group["params"]]
 
 
 @torch.no_grad()
@@ -406,8 +410,7 @@ def _check_saved(task: Task) -> None:
     """
     modules = [each for each in (task.model, task.loss) if isinstance(each, torch.nn.Module)]
     known = {id(parameter) for module in modules for parameter in module.parameters()}
-    held = [each for group in task.optimizer.param_groups for each in group["params"]]
-    if lost := [tuple(each.shape) for each in held if id(each) not in known]:
+    if lost := [tuple(each.shape) for each in _held(task.optimizer) if id(each) not in known]:
         raise UsageError(
             f"the optimizer holds {len(lost)} parameters that are in neither model nor loss, of shapes {lost[:3]}",
             expected="all that trains in the model, or in a loss that is a module: nothing else is saved",
@@ -422,8 +425,9 @@ def _check_compiled(model: torch.nn.Module, run: Run) -> None:
     """
     for module in model.modules():
         context = getattr(module, "dynamo_ctx", None)
+        by_default = context is not None and context._dynamic is None  # noqa: SLF001 - nothing else tells
         # Of a module that is compiled in place nobody can tell.
-        if module._compiled_call_impl is not None if context is None else context._dynamic is None:  # noqa: SLF001
+        if by_default or module._compiled_call_impl is not None:  # noqa: SLF001
             run.progress.warn(
                 "the kernels of the compiled model depend on the batch sizes seen before: after a resume the bits "
                 "may differ\n  to be exact: torch.compile(model, dynamic=False)"
@@ -472,17 +476,20 @@ def _check_due(task: Task, run: Run) -> None:
         awaited.append(("the training loss", "log-every", text, judged_by_training))
     for what, option, text, is_judged in awaited:
         interval = Interval.parse(text)
-        last = run.total_steps if interval.unit == "step" else settings.epochs
+        last = run.total_steps if interval.unit == "step" else run.total_epochs
         if last is None or interval.every <= last:
             continue
         found = f"{what} is due every {text}, and the training has {last} {interval.unit}s"
         if settings.patience is not None and is_judged:
-            raise UsageError(found, expected="a shorter interval", try_next=f'--{option} "1 {interval.unit}"')
+            unit = interval.unit if last >= 1 else "step"
+            raise UsageError(found, expected="a shorter interval", try_next=f'--{option} "1 {unit}"')
         run.progress.warn(f"{found}: none will come")
-    if settings.epochs is not None and (late := [each for each in task.unfreeze if each > settings.epochs]):
-        run.progress.warn(
-            f"unfreeze at epoch {min(late)} will not come: the training has {settings.epochs} epochs"
-        )
+    last = run.total_epochs
+    # Unfrozen is when an epoch begins, so one that is not completed counts too.
+    if last is not None and (
+        late := [each for each in task.unfreeze if each > last + (settings.epochs is None)]
+    ):
+        run.progress.warn(f"unfreeze at epoch {min(late)} will not come: the training has {last} epochs")
 
 
 def _check_monitor(task: Task, monitor: str | None) -> None:

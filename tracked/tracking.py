@@ -158,11 +158,11 @@ class Run:
         return self.step == self._epoch_end and self.step_ended
 
     @property
-    def total_epochs(self) -> float | None:
-        """How often the data is gone through in all; None as long as nobody knows."""
+    def total_epochs(self) -> int | None:
+        """How many epochs will be completed in all; None where nobody knows."""
         if self.total_steps is None or self._steps_in_epoch == math.inf:
             return self._epochs
-        return self.total_steps / self._steps_in_epoch
+        return self.epochs_done + int((self.total_steps - self._epoch_start) // self._steps_in_epoch)
 
     @property
     def should_stop(self) -> bool:
