@@ -205,7 +205,7 @@ def train_step(
     asks_again = isinstance(task.optimizer, torch.optim.LBFGS)
     try:
         if asks_again:  # several times, and the first time where it stands
-            task.optimizer.step(closure)
+            task.optimizer.step(closure)  # type: ignore[arg-type]
         else:
             losses.append(_gradients(task, scaler, window, device, run))
     except TrackedError:
@@ -507,7 +507,8 @@ def _check_monitor(task: Task, monitor: str | None) -> None:
     if task.evaluate is not None and sets:
         return  # nobody knows what it gives
     # What computes a dict has names of its own.
-    if monitor not in names and not monitor.startswith(tuple(f"{name}/" for name in names)):
+    objects = [name for name, metric in task.metrics.items() if hasattr(metric, "compute")]
+    if monitor not in names and not monitor.startswith(tuple(f"{a}/{b}/" for a in sets for b in objects)):
         raise _never_logged(monitor, names)
 
 
