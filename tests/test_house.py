@@ -22,7 +22,7 @@ failpoints names address packing params provenance schedule stopping children de
 spool space
 journal archive
 server seeding points state
-data sender freezing
+data sender freezing search
 streams groups place checkpoint experiment
 pipe
 tracking progress
@@ -38,7 +38,7 @@ run __main__
 # Libraries that take seconds, or that not everybody has: who may import them at all.
 ALLOWED = {
     "mlflow": {"server", "store"},
-    "optuna": {"stopping", "study"},
+    "optuna": {"search", "storage", "study"},
     "matplotlib": {"plots"},
     "click": {"cli"},
     "tqdm": {"progress"},

@@ -1,0 +1,509 @@
+"""Optuna's samplers and pruners by name, with their options.
+
+A sweep may die and go on anywhere, so nothing that is decided here may depend on how long a process lived: a fresh
+sampler is made for each trial, and what it suggests follows from the seed, the trial's number and the trials that the
+study holds. Pruners decide from what was reported alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import inspect
+import json
+import math
+import operator
+import types
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from tracked import params
+from tracked.errors import ParamError, UsageError
+from tracked.params import Value
+from tracked.seeding import derive
+from tracked.space import Choice, Dimension, IntRange, LogUniform, Space, Uniform, grid_size
+
+Direction: TypeAlias = Literal["minimize", "maximize"]
+
+# A user attribute of a trial that goes on with an earlier one, in the same run: the number of that trial.
+PROMOTED_FROM = "promoted_from"
+# A user attribute of every trial: its run, which a promoted trial shares with the one that it goes on with.
+RUN = "run"
+
+
+def direction_of(study: optuna.Study) -> Direction:
+    """Whether the study minimizes or maximizes.
+
+    Raises:
+        UsageError: It has several objectives.
+    """
+    if len(study.directions) != 1:
+        raise UsageError(
+            f"study {study.study_name!r} has {len(study.directions)} objectives; pruning does not go with it",
+            expected="one value that is monitored",
+            try_next="another --study-name",
+        )
+    return "maximize" if study.direction == optuna.study.StudyDirection.MAXIMIZE else "minimize"
+
+
+# -- the space as Optuna sees it -------------------------------------------------------------------
+
+
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    """The space in Optuna's terms. Sequences among the options stand there as JSON; `suggest` gives them back."""
+    return {name: _distribution(dimension) for name, dimension in space.items()}
+
+
+def suggest(trial: optuna.Trial, space: Space) -> dict[str, Value]:
+    """A value for each name of the space, as flat values; `space.as_words` makes words for `make_params` of them."""
+    values: dict[str, Value] = {}
+    for name, dimension in space.items():
+        match dimension:
+            case Uniform(low, high):
+                values[name] = trial.suggest_float(name, low, high)
+            case LogUniform(low, high):
+                values[name] = trial.suggest_float(name, low, high, log=True)
+            case IntRange(low, high, log):
+                values[name] = trial.suggest_int(name, low, high, log=log)
+            case Choice(options):
+                choices = [_choice(option) for option in options]
+                values[name] = options[choices.index(trial.suggest_categorical(name, choices))]
+    return values
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    match dimension:
+        case Uniform(low, high):
+            return FloatDistribution(low, high)
+        case LogUniform(low, high):
+            return FloatDistribution(low, high, log=True)
+        case IntRange(low, high, log):
+            return IntDistribution(low, high, log=log)
+        case Choice(options):
+            return CategoricalDistribution([_choice(option) for option in options])
+
+
+def _choice(option: Value) -> bool | int | float | str | None:
+    return json.dumps(option) if isinstance(option, tuple) else option
+
+
+# -- samplers --------------------------------------------------------------------------------------
+
+
+class Grid(BaseSampler):
+    """Every point of a grid once, in an order that the seed decides; then from the start again.
+
+    The point follows from the trial's number alone, so that two machines never take the same one. (Optuna's own
+    forgets which points it took when a study is rebuilt, and stops the study, which only `optimize` may.)
+    """
+
+    def __init__(self, space: Space, seed: int) -> None:
+        self._distributions = distributions(space)
+        self._axes = {name: _points(dimension) for name, dimension in space.items()}
+        self._order = np.random.RandomState(seed).permutation(math.prod(map(len, self._axes.values())))
+
+    def infer_relative_search_space(self, *_: object) -> dict[str, BaseDistribution]:
+        return self._distributions
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, *_: object) -> dict[str, Any]:
+        point = int(self._order[_count_before(study, trial) % len(self._order)])
+        values = {}
+        for name, axis in self._axes.items():
+            point, place = divmod(point, len(axis))
+            values[name] = axis[place]
+        return values
+
+    def sample_independent(self, *_: object) -> Any:
+        raise AssertionError("a grid holds every param of its space")
+
+
+def _points(dimension: Dimension) -> Sequence[Any]:
+    match dimension:
+        case IntRange(low, high):
+            return range(low, high + 1)
+        case Choice(options):
+            return [_choice(option) for option in options]
+    raise TypeError(dimension)
+
+
+class QuasiRandom(optuna.samplers.QMCSampler):
+    """Optuna's, with the place in the sequence from the trial's number.
+
+    Optuna counts in an attribute of the study, which is lost when the study is rebuilt, and which two machines
+    read before either has written.
+    """
+
+    def __init__(self, space: Space | None, **options: Any) -> None:
+        super().__init__(**options)
+        self._distributions = distributions(space or {})
+        self._place = 0
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        self._place = _count_before(study, trial)
+        return self._distributions or super().infer_relative_search_space(study, trial)
+
+    def _find_sample_id(self, *_: object) -> int:
+        return self._place
+
+
+def _count_before(study: optuna.Study, trial: FrozenTrial) -> int:
+    """How many trials before this one were given params, and did not take those of the trial they go on with."""
+    earlier = (other for other in study.get_trials(deepcopy=False) if other.number < trial.number)
+    return trial.number - sum(PROMOTED_FROM in other.user_attrs for other in earlier)
+
+
+_SAMPLER_OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "tpe": (
+        optuna.samplers.TPESampler,
+        ("n_startup_trials", "n_ei_candidates", "multivariate", "group", "constant_liar"),
+    ),
+    "random": (optuna.samplers.RandomSampler, ()),
+    "grid": (Grid, ()),
+    "gp": (optuna.samplers.GPSampler, ("n_startup_trials", "deterministic_objective")),
+    "cmaes": (
+        optuna.samplers.CmaEsSampler,
+        (
+            *("n_startup_trials", "popsize", "consider_pruned_trials"),
+            *("use_separable_cma", "with_margin", "lr_adapt"),
+        ),
+    ),
+    "qmc": (optuna.samplers.QMCSampler, ("qmc_type", "scramble")),
+}
+SAMPLERS = tuple(_SAMPLER_OPTIONS)
+
+_LARGEST_GRID = 1_000_000  # points, whose order is drawn anew for each trial: 10 ms
+_PACKAGES = {"gp": "scipy", "qmc": "scipy", "cmaes": "cmaes"}  # which Optuna imports where it needs them
+
+
+def make_sampler(
+    name: str, options: Sequence[str], *, seed: int, number: int, space: Space | None
+) -> BaseSampler:
+    """The sampler that suggests the params of one trial.
+
+    Args:
+        name: One of `SAMPLERS`.
+        options: `name=value` words, under the names of Optuna's own arguments.
+        seed: Of the sweep; any whole number.
+        number: The trial's.
+        space: None for one that the experiment file defines by run.
+
+    Raises:
+        UsageError: No such sampler or option, a value that it refuses, a package that is missing, or a grid over
+            what is continuous.
+    """
+    maker, known = _named("sampler", name, _SAMPLER_OPTIONS)
+    given = _read_options(f"sampler {name}", maker, known, options)
+    package = _PACKAGES.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        raise UsageError(
+            f"sampler {name} needs the package {package}", try_next=f"python -m pip install {package}"
+        )
+    constant, own = _seed(seed, name), _seed(seed, "trial", number)
+    # What these two leave to chance (options that have no order, the first trial) is drawn by the trial's own seed:
+    # by the constant one, every trial would draw the same.
+    rest = {
+        "independent_sampler": optuna.samplers.RandomSampler(own),
+        "warn_independent_sampling": False,
+    }
+    match name:
+        case "grid":
+            return Grid(_finite(space), constant)
+        case "cmaes":
+            given |= {"seed": constant, **rest}
+        case "qmc":
+            maker = functools.partial(QuasiRandom, space)
+            given |= {"seed": constant, **rest}
+        case "gp":
+            given |= {"seed": own, "warn_independent_sampling": False}
+        case _:
+            given |= {"seed": own}
+    sampler: BaseSampler = _made(f"sampler {name}", maker, given)
+    return sampler
+
+
+def _seed(*parts: int | str) -> int:
+    return derive(*parts) & 0xFFFFFFFF  # NumPy's generators take 32 bits
+
+
+def _finite(space: Space | None) -> Space:
+    """The space, if a grid over it has an end."""
+    if space is None:
+        raise UsageError(
+            "sampler grid needs to know the space, which suggest(trial) tells only by and by",
+            expected="dimensions on the command line",
+            try_next="--sampler tpe",
+        )
+    examples = []
+    for name, dimension in space.items():
+        if isinstance(dimension, Uniform | LogUniform):
+            spaced = np.geomspace if isinstance(dimension, LogUniform) else np.linspace
+            points = spaced(dimension.low, dimension.high, 4)
+            examples.append(f"{name}=choice({','.join(f'{point:.3g}' for point in points)})")
+    if examples:
+        continuous = ", ".join(example.partition("=")[0] for example in examples)
+        raise UsageError(
+            f"sampler grid finds no end in what is continuous: {continuous}",
+            expected="choice(…) or int(low,high) for each",
+            try_next=" ".join(examples),
+        )
+    size = grid_size(space) or 0
+    if size > _LARGEST_GRID:
+        raise UsageError(
+            f"the grid has {size:,} points", expected=f"at most {_LARGEST_GRID:,}", try_next="--sampler qmc"
+        )
+    return space
+
+
+# -- pruners ---------------------------------------------------------------------------------------
+
+
+class SuccessiveHalving(BasePruner):
+    """Stops at each rung what is not among the best of all that came there; asynchronously, after each report.
+
+    Rungs lie at `min_resource * reduction_factor**k` in the unit of the reports. A trial is judged by the report
+    that takes it to a rung or beyond, against the reports with which the others came there, and goes on if it
+    is among the best n // reduction_factor of n (the best one while that is none). Equal values stand in order
+    of their trials; NaN comes last, and is never good. A trial that was promoted and the one that it goes on
+    with count as one.
+
+    Optuna's own keeps the rungs in attributes of its storage, which are lost when a study is rebuilt, counts a
+    promoted trial again, and lets all of those pass whose values are equal.
+
+    Li et al.: "A System for Massively Parallel Hyperparameter Tuning" (MLSys 2020), the stopping variant;
+    with `promotable`, the promoting one.
+
+    Args:
+        min_resource: The first rung, from 1.
+        reduction_factor: One of so many goes on, from 2.
+    """
+
+    def __init__(self, min_resource: int = 1, reduction_factor: int = 3) -> None:
+        self.min_resource = min_resource
+        self.reduction_factor = reduction_factor
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        others = (other for other in study.get_trials(deepcopy=False) if other.number != trial.number)
+        return self.stops([*others, trial], trial, direction_of(study))
+
+    def stops(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, direction: Direction) -> bool:
+        """Whether `trial`, one of `trials`, ends with its last report."""
+        runs = _runs(trials)
+        run = next(run for run in runs if run.newest.number == trial.number)
+        return any(run not in self.best(runs, rung, direction, least=1) for rung in self.rungs(run))
+
+    def rungs(self, run: _Run) -> list[int]:
+        """The rungs that the last report took this run to, in ascending order."""
+        *before, last = 0, *run.reports
+        rungs, rung = [], self.min_resource
+        while rung <= last:
+            if rung > before[-1]:
+                rungs.append(rung)
+            rung *= self.reduction_factor
+        return rungs
+
+    def best(self, runs: Sequence[_Run], rung: int, direction: Direction, *, least: int = 0) -> list[_Run]:
+        """The best n // reduction_factor of the n runs that came to this rung, best first, but `least` of them."""
+        sign = -1 if direction == "maximize" else 1
+        came = [run for run in runs if rung <= max(run.reports, default=0)]
+        good = [run for run in came if not math.isnan(run.at(rung))]
+        good.sort(key=lambda run: sign * run.at(rung))
+        return good[: max(least, len(came) // self.reduction_factor)]
+
+
+def promotable(trials: Sequence[FrozenTrial], pruner: BasePruner, direction: Direction) -> list[int]:
+    """Numbers of pruned trials that by now belong to the best of the rung that they were stopped at.
+
+    Those of the highest rung come first, and of one rung the best. A trial that somebody goes on with is none
+    of them; of several of one run only the newest may be.
+
+    Args:
+        trials: All of the study's.
+        pruner: Anything else than `SuccessiveHalving` promotes none.
+        direction: The study's.
+    """
+    if not isinstance(pruner, SuccessiveHalving):
+        return []
+    runs = _runs(trials)
+    best = functools.cache(lambda rung: pruner.best(runs, rung, direction))
+    found = []
+    for run in runs:
+        rungs = pruner.rungs(run) if run.newest.state == TrialState.PRUNED else []
+        if rungs and all(run in best(rung) for rung in rungs):
+            found.append((-rungs[-1], best(rungs[-1]).index(run), run.newest.number))
+    return [number for *_, number in sorted(found)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A trial together with those that it goes on with.
+
+    Attributes:
+        newest: The last of them.
+        reports: Of all of them, by step in ascending order.
+    """
+
+    newest: FrozenTrial
+    reports: Mapping[int, float]
+
+    def at(self, rung: int) -> float:
+        """The value with which it came to a rung that it has reached."""
+        return next(value for step, value in self.reports.items() if step >= rung)
+
+
+def _runs(trials: Sequence[FrozenTrial]) -> list[_Run]:
+    """In order of their first trials."""
+    grouped: dict[object, list[FrozenTrial]] = {}
+    for trial in sorted(trials, key=lambda trial: trial.number):
+        grouped.setdefault(trial.user_attrs.get(RUN, trial.number), []).append(trial)
+    runs = []
+    for group in grouped.values():
+        reports = {step: value for trial in group for step, value in trial.intermediate_values.items()}
+        runs.append(_Run(group[-1], dict(sorted(reports.items()))))
+    return runs
+
+
+_PRUNER_OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "median": (
+        optuna.pruners.MedianPruner,
+        ("n_startup_trials", "n_warmup_steps", "interval_steps", "n_min_trials"),
+    ),
+    "percentile": (
+        optuna.pruners.PercentilePruner,
+        ("percentile", "n_startup_trials", "n_warmup_steps", "interval_steps", "n_min_trials"),
+    ),
+    "sha": (SuccessiveHalving, ("min_resource", "reduction_factor")),
+    "hyperband": (
+        optuna.pruners.HyperbandPruner,
+        ("max_resource", "min_resource", "reduction_factor", "bootstrap_count"),
+    ),
+    "threshold": (optuna.pruners.ThresholdPruner, ("lower", "upper", "n_warmup_steps", "interval_steps")),
+    "none": (optuna.pruners.NopPruner, ()),
+}
+PRUNERS = tuple(_PRUNER_OPTIONS)
+
+
+def make_pruner(name: str, options: Sequence[str], *, epochs: int | None = None) -> BasePruner:
+    """The pruner of a sweep. Steps are in the unit of the reports: 1 is the first epoch.
+
+    Args:
+        name: One of `PRUNERS`.
+        options: `name=value` words, under the names of Optuna's own arguments.
+        epochs: That a trial trains if it is not stopped; hyperband's `max_resource` unless an option says it.
+
+    Raises:
+        UsageError: No such pruner or option, one that is missing, or a value that it refuses.
+    """
+    maker, known = _named("pruner", name, _PRUNER_OPTIONS)
+    given = _read_options(f"pruner {name}", maker, known, options)
+    if name == "hyperband":
+        # Optuna's default would be learnt from the first trials, by an object that dies with its process.
+        if epochs is not None:
+            given.setdefault("max_resource", epochs)
+        _need_option("pruner hyperband", "max_resource", given, "27")
+        if given["max_resource"] < given.get("min_resource", 1):
+            raise UsageError(
+                f"pruner hyperband: max_resource={given['max_resource']} is below min_resource={given['min_resource']}",
+                expected="at most the epochs of a trial as min_resource",
+                try_next="min_resource=1",
+            )
+    if name == "percentile":
+        _need_option("pruner percentile", "percentile", given, "25")
+    if name == "threshold" and not given:
+        _need_option("pruner threshold", "upper", given, "10")
+    pruner: BasePruner = _made(f"pruner {name}", maker, given)
+    return pruner
+
+
+# -- names and options -----------------------------------------------------------------------------
+
+_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "None": types.NoneType}
+# The smallest value of an option that is a whole number, where that is not 1.
+_LEAST = {
+    **dict.fromkeys(("n_startup_trials", "n_warmup_steps", "bootstrap_count"), 0),
+    "reduction_factor": 2,
+    "popsize": 4,  # below, `cmaes` divides by zero
+}
+
+_Table: TypeAlias = Mapping[str, tuple[Callable[..., Any], tuple[str, ...]]]
+
+
+def _named(kind: str, name: str, table: _Table) -> tuple[Callable[..., Any], tuple[str, ...]]:
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1, cutoff=0.4) or [next(iter(table))]
+        raise UsageError(
+            f"there is no {kind} {name!r}",
+            expected=f"one of {', '.join(table)}",
+            try_next=f"--{kind} {near[0]}",
+        )
+    return table[name]
+
+
+def _read_options(
+    what: str, maker: Callable[..., Any], known: Sequence[str], words: Sequence[str]
+) -> dict[str, Any]:
+    """The options as given, of the types that the constructor is annotated with."""
+    for word in words:
+        option = word.partition("=")[0].strip()
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
+            raise UsageError(
+                f"{what} has no option {option!r}",
+                expected=f"one of {', '.join(known)}" if known else "no options",
+                try_next=f"{near[0]}=…" if near else "",
+            )
+    parameters = inspect.signature(maker).parameters
+    fields = [(option, _hint(parameters[option].annotation)) for option in known]
+    try:
+        given = params.parse(make_dataclass("Options", fields, frozen=True), words)
+    except ParamError as error:
+        raise UsageError(f"{what}: {error.found}", expected=error.expected, try_next=error.try_next) from None
+    for option, value in given.items():
+        least = _LEAST.get(option, 1)
+        if type(value) is int and value < least:
+            raise UsageError(
+                f"{what}: {option} is {value}",
+                expected=f"a whole number from {least}",
+                try_next=f"{option}={least}",
+            )
+    return dict(given)
+
+
+def _hint(annotation: Any) -> Any:
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    # "auto", which some take beside a number, is what must not be taken here
+    parts = text.removeprefix("str | ").split(" | ")
+    return functools.reduce(operator.or_, (_TYPES[part] for part in parts))
+
+
+def _need_option(what: str, option: str, given: Mapping[str, Any], example: str) -> None:
+    if option not in given:
+        raise UsageError(
+            f"{what} does not say {option}", expected=f"{option}=…", try_next=f"{option}={example}"
+        )
+
+
+def _made(what: str, maker: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        # Whom would it help to read at every trial that Optuna may change this class?
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            return maker(**given)
+        except ValueError as error:
+            raise UsageError(f"{what} refuses its options: {error}") from error
