@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: MLflow servers, and folders in which commands run."""
+"""Fixtures that several test files share: MLflow servers, PostgreSQL, and folders in which commands run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from tests.nursery import Nursery
+from tests.postgres import Postgres
 from tests.processes import Workplace
 from tests.servers import MlflowServer, end_group
 
@@ -19,6 +22,18 @@ from tests.servers import MlflowServer, end_group
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _SHARED = "shared-server.json"
+_SHARED_POSTGRES = "shared-postgres.json"
+
+
+@contextmanager
+def _shared_file(factory: pytest.TempPathFactory, name: str) -> Iterator[IO[str]]:
+    """A file that the workers of pytest-xdist share, locked and open at its start."""
+    base = factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (folder / name).open("a+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        file.seek(0)
+        yield file
 
 
 @pytest.fixture(scope="session")
@@ -27,16 +42,12 @@ def server_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     The first to ask starts it; `pytest_unconfigure` ends it, in the process that outlives the workers.
     """
-    base = tmp_path_factory.getbasetemp()
-    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with (folder / _SHARED).open("a+") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        file.seek(0)
+    with _shared_file(tmp_path_factory, _SHARED) as file:
         known = file.read()
         if known:
             uri: str = json.loads(known)["uri"]
             return uri
-        server = MlflowServer(folder / "shared-server")
+        server = MlflowServer(Path(file.name).parent / "shared-server")
         server.launch()
         # Written before it answers, so that a Ctrl-C in between leaves nothing behind.
         json.dump({"uri": server.uri, "group": server.group}, file)
@@ -45,14 +56,51 @@ def server_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return server.uri
 
 
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Postgres:
+    """One PostgreSQL server for the session, shared and ended as the MLflow server is."""
+    with _shared_file(tmp_path_factory, _SHARED_POSTGRES) as file:
+        known = file.read()
+        if known:
+            return Postgres.from_json(known)
+        server = Postgres.make()
+        server.launch()
+        file.write(server.to_json())
+        file.flush()
+        server.wait_until_ready()
+    return server
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> str:
+    """The address of an empty PostgreSQL database."""
+    return postgres.new_database()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server for one test, which ends and starts it as it likes."""
+    server = Postgres.make()
+    try:
+        server.launch()
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.remove()
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the shared server, also after Ctrl-C."""
+    """End the shared servers, also after Ctrl-C."""
     factory: pytest.TempPathFactory | None = getattr(config, "_tmp_path_factory", None)
     if hasattr(config, "workerinput") or factory is None:
         return
     shared = factory.getbasetemp() / _SHARED
     if shared.exists() and (known := shared.read_text()):
         end_group(json.loads(known)["group"], signal.SIGKILL)
+        shared.unlink()
+    shared = factory.getbasetemp() / _SHARED_POSTGRES
+    if shared.exists() and (known := shared.read_text()):
+        Postgres.from_json(known).remove()
         shared.unlink()
 
 

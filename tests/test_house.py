@@ -23,7 +23,7 @@ spool space
 journal archive
 server seeding points state
 data sender freezing search
-streams groups place checkpoint experiment
+streams groups place checkpoint experiment storage
 pipe
 tracking progress
 attempts loop inspection

@@ -4,7 +4,8 @@
     ├── UsageError                exit status 2: what was typed or passed cannot work
     │   ├── ParamError            a hyperparameter that does not exist or cannot be read
     │   ├── ExperimentError       an experiment file that cannot be found, imported or used
-    │   └── RunTaken              another process holds the run
+    │   ├── RunTaken              another process holds the run
+    │   └── StudyTaken            another process holds the study's file
     ├── RunNotFound               no run goes by that ID, prefix or handle
     ├── RunNotResumable           the run has no checkpoint, or was not made by this package
     ├── CheckpointError           a checkpoint that is missing, damaged, or cannot be written
@@ -12,6 +13,7 @@
     ├── MetricError               a value or a name that cannot be logged
     │   └── LossNotFinite         the training loss became NaN or infinite
     ├── SpoolError                the spool cannot be read or written
+    ├── StorageError              a study's storage that cannot be reached, read or written
     └── ServerError               an MLflow server that did not do what was asked
         ├── ServerUnavailable     no usable answer: the same request may work later
         ├── ServerRefused         the address or the credentials are wrong (401, 403, 404, HTML)
@@ -68,6 +70,10 @@ class RunTaken(UsageError):
     """Another process holds the run, or has taken it over."""
 
 
+class StudyTaken(UsageError):
+    """Another process holds the file that the study is kept in."""
+
+
 class RunNotFound(UsageError):
     """No run goes by that ID, prefix or handle."""
 
@@ -94,6 +100,10 @@ class LossNotFinite(MetricError):
 
 class SpoolError(TrackedError):
     """The spool cannot be read or written."""
+
+
+class StorageError(TrackedError):
+    """A study's storage that cannot be reached, read or written."""
 
 
 class ServerError(TrackedError):
