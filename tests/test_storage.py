@@ -68,10 +68,23 @@ def run_trials(study: optuna.Study, count: int) -> None:
         study.tell(trial, value)
 
 
-def fork(target: Callable[..., None], *args: object) -> BaseProcess:
-    process = FORK.Process(target=target, args=args, daemon=True)
+def fork(target: Callable[..., None], *args: object) -> tuple[BaseProcess, Connection]:
+    """A process, and what it sends; receiving fails once it is gone."""
+    receiving, sending = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=target, args=(*args, sending), daemon=True)
     process.start()
-    return process
+    sending.close()
+    return process, receiving
+
+
+def answers_of_three(target: Callable[..., None], *args: object) -> list[Any]:
+    """What three processes say that begin at the same moment."""
+    barrier = FORK.Barrier(3)
+    forked = [fork(target, *args, barrier) for _ in range(3)]
+    answers = [receiving.recv() for _, receiving in forked]
+    for process, _ in forked:
+        process.join(30)
+    return answers
 
 
 # --- What is kept -----------------------------------------------------------------------------
@@ -150,12 +163,8 @@ def test_of_three_processes_each_waiting_trial_is_claimed_by_one(address: str | 
     with open_storage(address, default=journal) as storage:
         for lr in queued:
             study_of(storage.backend).enqueue_trial({"lr": lr})
-    barrier, (answers, answer) = FORK.Barrier(3), FORK.Pipe(duplex=False)
 
-    processes = [fork(claim_all, address, journal, barrier, answer) for _ in range(3)]
-    shares = [answers.recv() for _ in processes]
-    for process in processes:
-        process.join(30)
+    shares = answers_of_three(claim_all, address, journal)
 
     assert sorted(each for share in shares for each in share) == list(enumerate(queued))
     assert sum(1 for share in shares if share) > 1, "one process was done before another began"
@@ -176,12 +185,7 @@ def ask_all(url: str | None, journal: Path, barrier: Any, answers: Connection) -
 def test_processes_that_open_a_new_storage_at_once_share_one_study_and_its_numbers(
     address: str | None, journal: Path
 ) -> None:
-    barrier, (answers, answer) = FORK.Barrier(3), FORK.Pipe(duplex=False)
-
-    processes = [fork(ask_all, address, journal, barrier, answer) for _ in range(3)]
-    numbers = [number for _ in processes for number in answers.recv()]
-    for process in processes:
-        process.join(30)
+    numbers = [number for share in answers_of_three(ask_all, address, journal) for number in share]
 
     assert sorted(numbers) == list(range(45))
 
@@ -255,13 +259,12 @@ def append_for_ever(journal: Path, started: Connection) -> None:
 def test_processes_killed_while_they_append_leave_a_journal_that_opens_at_once(
     journal: Path, attempt: int
 ) -> None:
-    receiving, started = FORK.Pipe(duplex=False)
-    pair = [fork(append_for_ever, journal, started) for _ in range(2)]
-    for _ in pair:
-        receiving.recv()
+    pair = [fork(append_for_ever, journal) for _ in range(2)]
+    for _, started in pair:
+        started.recv()
     with open_storage(None, default=journal) as storage:
         run_trials(study_of(storage.backend), 3 + attempt)  # while both append too
-    for process in pair:
+    for process, _ in pair:
         process.kill()
         process.join()
 
@@ -287,16 +290,15 @@ def hold_the_lock(journal: Path, started: Connection) -> None:
 
 
 def test_a_lock_is_free_as_soon_as_its_holder_is_killed(journal: Path) -> None:
-    receiving, started = FORK.Pipe(duplex=False)
-    holder = fork(hold_the_lock, journal, started)
-    receiving.recv()
-    waiting = fork(ask_all, None, journal, FORK.Barrier(1), (answers := FORK.Pipe(duplex=False))[1])
-    assert not answers[0].poll(0.5), "it did not wait for the lock"
+    holder, held = fork(hold_the_lock, journal)
+    held.recv()
+    waiting, answer = fork(ask_all, None, journal, FORK.Barrier(1))
+    assert not answer.poll(0.5), "it did not wait for the lock"
 
     holder.kill()
     holder.join()
 
-    assert answers[0].recv() == list(range(1, 16))
+    assert answer.recv() == list(range(1, 16))
     waiting.join(30)
 
 
@@ -334,16 +336,15 @@ def test_a_journal_in_a_place_that_is_no_folder_is_refused(tmp_path: Path) -> No
 def test_a_second_process_is_refused_an_sqlite_file_until_the_first_is_killed(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     (tmp_path / "link.db").symlink_to(tmp_path / "study.db")
-    receiving, started = FORK.Pipe(duplex=False)
 
-    def own() -> None:
+    def own(started: Connection) -> None:
         with open_storage(url, default=tmp_path) as storage:
             run_trials(study_of(storage.backend), 1)
             started.send(os.getpid())
             signal.pause()
 
-    owner = fork(own)
-    pid = receiving.recv()
+    owner, started = fork(own)
+    pid = started.recv()
     for name in ("study.db", "link.db"):
         with pytest.raises(StudyTaken, match=f"process {pid} has the study") as refused:
             open_storage(f"sqlite:///{tmp_path}/{name}", default=tmp_path)
@@ -436,6 +437,7 @@ def test_a_study_goes_on_when_the_server_comes_back(own_postgres: Postgres, jour
         ("sqlite:///nowhere/study.db", "nowhere/study.db cannot be made: its folder does not exist"),
         ("sqlite:////tmp", "/tmp is a folder"),
         ("postgresql+psycopg://me:secret@host:notaport/db", "cannot be read"),
+        ("postgresql+psycopg://me:secret", "the storage postgresql+psycopg://… cannot be read"),
         ("postgresql+psycopg://me:sec@ret@host/db", "cannot be told from its password"),
         ("postgresql://me:se/cret@host/db", "'postgresql://host/db' cannot be told from its password"),
         ("postgresql+asyncpg://me:secret@host/db", "a study cannot be kept in"),

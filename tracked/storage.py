@@ -247,7 +247,7 @@ def _open_postgresql(text: str) -> StudyStorage:
         "keepalives_count": 3,
         "tcp_user_timeout": 30_000,
     }
-    with _ours(shown, url.password), _probe(url, connect_args) as probe:
+    with _ours(shown), _probe(url, connect_args) as probe:
         # Held until the probe's connection closes: two newcomers would make the tables at once.
         probe.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_TABLES_LOCK})"))
         _refuse_foreign(probe, shown)
@@ -281,9 +281,10 @@ def _parsed(text: str) -> URL:
         raise _no_driver(driver)
     try:
         return make_url(f"postgresql+{driver}://{rest}")
-    except (SQLAlchemyError, ValueError):  # its text may quote the password
+    except (SQLAlchemyError, ValueError):
+        # Nothing of it is shown: where the host was forgotten, the password stands in its place.
         raise UsageError(
-            f"the storage {redact(text)!r} cannot be read",
+            f"the storage {scheme}://… cannot be read",
             expected=_ACCEPTED,
             try_next=_POSTGRESQL_LINE,
         ) from None
@@ -344,20 +345,18 @@ def _refuse_foreign(probe: sqlalchemy.Connection, shown: str) -> None:
 
 
 @contextmanager
-def _ours(shown: str, password: str | None = None) -> Iterator[None]:
-    """Turn what the database says into an error of ours, without the password."""
+def _ours(shown: str) -> Iterator[None]:
+    """Turn what the database says into an error of ours; what it was chained to would show more than is fit."""
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError, RuntimeError) as error:
-        raise _unusable(shown, error, password) from None
+        raise _unusable(shown, error) from None
 
 
-def _unusable(shown: str, error: BaseException, password: str | None = None) -> StorageError:
+def _unusable(shown: str, error: BaseException) -> StorageError:
     while cause := getattr(error, "orig", None) or error.__cause__:
         error = cause
     said = redact(" ".join(str(error).split()))
-    if password:
-        said = said.replace(password, "***")
     if "optuna storage upgrade" in said:
         return StorageError(
             f"{shown} was written by another version of Optuna",
