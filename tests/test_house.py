@@ -19,8 +19,8 @@ PACKAGE = ROOT / "tracked"
 ROWS = """
 errors
 failpoints names address packing params provenance schedule stopping children deferred_compiler tables plots trials
-spool space
-journal archive
+spool space ranking
+journal archive sweep_plots
 server seeding points state
 data sender freezing search
 streams groups place checkpoint experiment storage
@@ -39,7 +39,7 @@ run __main__
 ALLOWED = {
     "mlflow": {"server", "store"},
     "optuna": {"search", "storage", "study"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"plots", "sweep_plots"},
     "click": {"cli"},
     "tqdm": {"progress"},
     "torch": {

@@ -46,7 +46,7 @@ from tracked.names import (
 from tracked.packing import unpack
 from tracked.place import Place
 from tracked.spool import RunFolder, is_held, read_json
-from tracked.tables import ago, aligned, readable
+from tracked.tables import ago, aligned, distinct_length, readable
 
 if TYPE_CHECKING:
     from tracked.server import RunView, Server
@@ -294,15 +294,13 @@ def listing(place: Place, experiment: str | None, limit: int, say: Say) -> list[
 
 def table(runs: Sequence[Summary]) -> str:
     """Runs as aligned text; IDs cut to 8 characters, or as many more as make them differ."""
-    width = 8
-    while width < 32 and len({run.run_id[:width] for run in runs}) < len(runs):
-        width += 1
+    length = distinct_length([run.run_id for run in runs])
     rows = [("run", "state", "experiment", "name", "epoch", "step", "best", "last", "age", "undelivered")]
     for run in runs:
         age = ago(time.time() - run.started / 1000) if run.started else ""
         rows.append(
             (
-                run.run_id[:width],
+                run.run_id[:length],
                 run.state,
                 run.experiment,
                 run.name,

@@ -46,11 +46,11 @@ STYLE: Any = {  # newer releases type each key, older ones none
     "grid.alpha": 0.3,
     "text.parse_math": False,  # a run may be called "$5 a day, $6 a night"
 }
-_WIDTH, _HEIGHT, _FURTHER_PANEL = 6.0, 4.2, 2.4  # inches
+WIDTH, HEIGHT, _FURTHER_PANEL = 6.0, 4.2, 2.4  # inches
 _BUCKETS = 100
 _FEW = 30
 _DECADES_FOR_LOG = 2.0
-_ROUND = [1, 2, 2.5, 5, 10]
+ROUND = [1, 2, 2.5, 5, 10]
 
 
 def curves(
@@ -70,8 +70,8 @@ def curves(
         attempts: Steps from which the run was resumed.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT + _FURTHER_PANEL * (len(panels) - 1)))
-        ratios = [_HEIGHT, *[_FURTHER_PANEL] * (len(panels) - 1)]
+        figure = Figure(figsize=(WIDTH, HEIGHT + _FURTHER_PANEL * (len(panels) - 1)))
+        ratios = [HEIGHT, *[_FURTHER_PANEL] * (len(panels) - 1)]
         all_axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
         colours = _colours([key for panel in panels for key in panel])
         for axes, panel in zip(all_axes, panels, strict=True):
@@ -87,7 +87,7 @@ def curves(
         lines = [title if len(title) <= 38 else f"{title[:37]}…", _told(panels[0], best_step)]
         all_axes[0].set_title("\n".join(filter(None, lines)), loc="left")
         all_axes[-1].set_xlabel("step")
-        all_axes[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_ROUND))
+        all_axes[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=ROUND))
         all_axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
 
@@ -111,7 +111,7 @@ def gap(train: History, val: History, step: int) -> float | None:
     if not here or not since:
         return None
     found = here[-1] - sum(since) / len(since)
-    return found if _is_finite(found) else None
+    return found if is_finite(found) else None
 
 
 def thinned(history: History) -> tuple[Columns, int]:
@@ -136,6 +136,28 @@ def thinned(history: History) -> tuple[Columns, int]:
     return (places, np.minimum.reduceat(values, starts), means, np.maximum.reduceat(values, starts)), lost
 
 
+def scale_upright(axes: Axes, values: NDArray[np.float64]) -> None:
+    """Make the upright axis fit for its finite values, float64 of shape [N]."""
+    if spans_decades(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+
+
+def spans_decades(values: NDArray[np.float64]) -> bool:
+    """Whether finite values, float64 of shape [N], are better seen on a logarithmic axis."""
+    if not len(values) or values.min() <= 0:
+        return False
+    return math.log10(values.max()) - math.log10(values.min()) > _DECADES_FOR_LOG
+
+
+def is_finite(value: float) -> bool:
+    """Whether it is a number that can be drawn; MLflow stores an infinity as the largest one."""
+    return abs(value) < sys.float_info.max
+
+
 def _draw(axes: Axes, panel: Mapping[str, History], colours: Mapping[str, str], best: int | None) -> None:
     drawn = []
     if best is not None:
@@ -149,7 +171,7 @@ def _draw(axes: Axes, panel: Mapping[str, History], colours: Mapping[str, str], 
         if len(history) > _BUCKETS:
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0, zorder=order - 1)
         evaluations = () if _is_train(key) else history
-        at_best = [(step, value) for step, _, value in evaluations if step == best and _is_finite(value)]
+        at_best = [(step, value) for step, _, value in evaluations if step == best and is_finite(value)]
         if at_best:
             axes.plot(
                 *at_best[-1],
@@ -163,13 +185,7 @@ def _draw(axes: Axes, panel: Mapping[str, History], colours: Mapping[str, str], 
                 gid=f"best of {key}",
             )
         drawn.append(means)
-    values = np.concatenate(drawn) if drawn else np.empty(0)
-    if len(values) and values.min() > 0 and math.log10(values.max() / values.min()) > _DECADES_FOR_LOG:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_ROUND))
+    scale_upright(axes, np.concatenate(drawn) if drawn else np.empty(0))
 
 
 def _told(panel: Mapping[str, History], best: int | None) -> str:
@@ -202,7 +218,3 @@ def _set(key: str) -> str:
 
 def _is_train(key: str) -> bool:
     return _set(key) == "train"
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < sys.float_info.max

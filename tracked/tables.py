@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -14,6 +15,21 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         for row in zip(*filled, strict=True)
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def distinct_length(ids: Sequence[str]) -> int:
+    """To how many characters IDs can be cut: 8, or as many more as make them differ."""
+    whole = set(ids)
+    length = 8
+    while length < 32 and len({each[:length] for each in whole}) < len(whole):
+        length += 1
+    return length
+
+
+def one_line(value: Any, width: int) -> str:
+    """A value as text that fits into a row: on one line, in characters that can be encoded, cut to `width`."""
+    text = " ".join(str(value).encode(errors="replace").decode().split())
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def readable(size: int) -> str:
