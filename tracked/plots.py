@@ -111,7 +111,7 @@ def gap(train: History, val: History, step: int) -> float | None:
     if not here or not since:
         return None
     found = here[-1] - sum(since) / len(since)
-    return found if is_finite(found) else None
+    return found if _is_finite(found) else None
 
 
 def thinned(history: History) -> tuple[Columns, int]:
@@ -153,11 +153,6 @@ def spans_decades(values: NDArray[np.float64]) -> bool:
     return math.log10(values.max()) - math.log10(values.min()) > _DECADES_FOR_LOG
 
 
-def is_finite(value: float) -> bool:
-    """Whether it is a number that can be drawn; MLflow stores an infinity as the largest one."""
-    return abs(value) < sys.float_info.max
-
-
 def _draw(axes: Axes, panel: Mapping[str, History], colours: Mapping[str, str], best: int | None) -> None:
     drawn = []
     if best is not None:
@@ -171,7 +166,7 @@ def _draw(axes: Axes, panel: Mapping[str, History], colours: Mapping[str, str], 
         if len(history) > _BUCKETS:
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0, zorder=order - 1)
         evaluations = () if _is_train(key) else history
-        at_best = [(step, value) for step, _, value in evaluations if step == best and is_finite(value)]
+        at_best = [(step, value) for step, _, value in evaluations if step == best and _is_finite(value)]
         if at_best:
             axes.plot(
                 *at_best[-1],
@@ -218,3 +213,7 @@ def _set(key: str) -> str:
 
 def _is_train(key: str) -> bool:
     return _set(key) == "train"
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < sys.float_info.max

@@ -32,7 +32,6 @@ from tracked.plots import (
     TRAIN,
     VALIDATION,
     WIDTH,
-    is_finite,
     png,
     scale_upright,
     spans_decades,
@@ -71,6 +70,8 @@ _NOWHERE, _NOTHING = (
 )  # where on an axis from 0 to 1 a trial stands that has no such value, and its label
 _WORSE = "or worse"
 _ENOUGH = 4  # finished trials that tell what is an outlier
+_LONGEST = 100  # characters of an option
+_LARGEST = 1e300  # nearer to the largest float, the margins of an axis overflow
 _MISSING = object()
 
 
@@ -89,7 +90,7 @@ def draw(
     has_values = bool(np.isfinite(_values(trials)).any())
     if has_values:
         figures["history"] = optimization_history(trials, metric=metric, mode=mode)
-    if any(is_finite(value) for trial in trials for value in trial.reports.values()):
+    if any(len(_line(trial)) for trial in trials):
         figures["intermediate"] = intermediate_values(trials, metric=metric, mode=mode)
     if _ranked(importance):
         figures["importance"] = param_importance(importance, metric=metric)
@@ -267,7 +268,7 @@ def slices(trials: Sequence[Trial], *, metric: str, mode: Mode, importance: Mapp
         names, cut = _names(trials, importance, _PANELS)
         values, edge = _focused(trials, mode)
         last = max((trial.number for trial in trials), default=0)
-        shades = _shades(np.array([1 - trial.number / max(last, 1) for trial in trials]))
+        shades = _shades(np.array([1 - trial.number / last if last else 0.0 for trial in trials]))
         best = _best(trials, mode)
         columns = min(2, max(1, len(names)))
         rows = max(1, math.ceil(len(names) / columns))
@@ -298,12 +299,15 @@ def slices(trials: Sequence[Trial], *, metric: str, mode: Mode, importance: Mapp
         _scale_values(panels[0], values)
         figure.supylabel(one_line(metric, 26), fontsize=15)
         _head(figure, _told(best), cut)
-        handles = [Line2D([], [], ls="", label="not finished", **STATES["pruned"])]
+        handles = []
+        if not _are_finished(trials).all():
+            handles.append(Line2D([], [], ls="", label="not finished", **STATES["pruned"]))
         for number, age in {0: 1.0, last: 0.0}.items():
             shade = tuple(_shades(np.array(age)))
             handles.append(Line2D([], [], ls="", marker="o", color=shade, label=f"trial {number}"))
         if edge is not None:
-            handles.append([_edge(axes, edge) for axes in panels[: len(names)]][0])
+            edges = [_edge(axes, edge) for axes in panels[: len(names)]]
+            handles += edges[:1]
         _legend(figure, handles)
     return figure
 
@@ -327,7 +331,7 @@ class _Column:
         """The least and the largest number; something around it if it is the only one."""
         known = self.numbers[np.isfinite(self.numbers)]
         low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
-        around = 0.0 if low < high else max(abs(low) / 2, 1.0)
+        around = 0.0 if low < high else abs(low) / 2 or 1.0
         return low - around, high + around
 
     def places(self, numbers: Any) -> Floats:
@@ -335,26 +339,26 @@ class _Column:
         ends, found = np.array(self.limits), np.asarray(numbers, dtype=np.float64)
         if self.is_log:
             ends, found = np.log10(ends), np.log10(found)
-        low, high = ends / 2  # of halves no difference overflows
-        return np.asarray((found / 2 - low) / (high - low))
+        low, high = ends
+        return np.asarray((found - low) / (high - low))
 
     def ticks(self, room: int) -> list[tuple[float, str]]:
         """Some numbers and their labels, which take about `room` characters together."""
         low, high = self.limits
         if self.options:
-            if sum(map(len, self.options)) + len(self.options) <= room:
-                return [(float(at), one_line(option, room)) for at, option in enumerate(self.options)]
-            every = math.ceil(4 * len(self.options) / room)
-            width = max(4, room * every // len(self.options) - 1)
-            return [
-                (float(at), one_line(self.options[at], width)) for at in range(0, len(self.options), every)
-            ]
+            every, width = 1, room
+            if sum(map(len, self.options)) + len(self.options) > room:
+                every = math.ceil(4 * len(self.options) / room)
+                width = max(4, room * every // len(self.options) - 1)
+            # Options begin alike more often than they end alike.
+            cut = [option if len(option) <= width else f"…{option[1 - width :]}" for option in self.options]
+            return [(float(at), cut[at]) for at in range(0, len(cut), every)]
         if self.is_log:
             decades = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
             every = math.ceil(6 * len(decades) / room)
             return [(10.0**at, min(f"{10.0**at:g}", f"1e{at}", key=len)) for at in decades[::every]]
         whole = bool(np.all(self.numbers[np.isfinite(self.numbers)] % 1 == 0))
-        found = MaxNLocator(max(2, room // 8), steps=ROUND, integer=whole).tick_values(low, high)
+        found = MaxNLocator(max(2, room // 10), steps=ROUND, integer=whole).tick_values(low, high)
         return [(float(at), f"{at:g}") for at in found if low <= at <= high]
 
 
@@ -375,7 +379,8 @@ def _column(trials: Sequence[Trial], name: str) -> _Column:
     options = sorted(texts, key=lambda text: (math.isnan(texts[text]), np.nan_to_num(texts[text]), text))
     place = {text: at for at, text in enumerate(options)}
     chosen = [math.nan if value is _MISSING else place[_text(value)] for value in found]
-    return _Column(np.array(chosen, dtype=np.float64), options, is_log=False)
+    shown = [one_line(option, _LONGEST) for option in options]
+    return _Column(np.array(chosen, dtype=np.float64), shown, is_log=False)
 
 
 def _names(trials: Sequence[Trial], importance: Mapping[str, float], room: int) -> tuple[list[str], str]:
@@ -390,7 +395,7 @@ def _names(trials: Sequence[Trial], importance: Mapping[str, float], room: int) 
 
 
 def _ranked(importance: Mapping[str, float]) -> list[tuple[str, float]]:
-    known = [(name, share) for name, share in importance.items() if is_finite(share)]
+    known = [(name, share) for name, share in importance.items() if abs(share) < _LARGEST]
     return sorted(known, key=lambda item: -item[1])
 
 
@@ -443,7 +448,9 @@ def _clipped(values: Floats, edge: float, mode: Mode) -> Floats:
 
 def _line(trial: Trial) -> Floats:
     """Epochs and finite values of what a trial reported, thinned if these are many: shape [N, 2]."""
-    (epochs, _, values, _), _ = thinned([(epoch, 0, value) for epoch, value in trial.reports.items()])
+    (epochs, _, values, _), _ = thinned(
+        [(epoch, 0, _number(value)) for epoch, value in trial.reports.items()]
+    )
     return np.stack([epochs, values], axis=1)
 
 
@@ -466,7 +473,7 @@ def _number(value: Any) -> float:
         number = float(value) if _is_number(value) else math.nan
     except OverflowError:  # an integer of hundreds of digits
         return math.nan
-    return number if is_finite(number) else math.nan
+    return number if abs(number) < _LARGEST else math.nan
 
 
 def _text(value: Any) -> str:
@@ -485,6 +492,9 @@ def _scale_values(axes: Axes, values: Floats) -> None:
 def _label(axes: Axes, metric: str, below: str, best: Trial | None) -> None:
     axes.set_ylabel(one_line(metric, 26))
     axes.set_xlabel(below)
+    low, high = axes.get_xlim()
+    if high - low < 1:  # a single one
+        axes.set_xlim(low - 0.5, high + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
     axes.set_title(_told(best), loc="left", pad=9)
 
