@@ -216,6 +216,9 @@ def test_one_trial_that_explodes_does_not_flatten_the_others() -> None:
     (axes,) = intermediate_values(trials, metric="val/loss", mode="min").axes
 
     assert axes.get_ylim()[1] < 1e4
+    ((_, end),) = places(axes, "end of pruned")
+    assert end == places(axes, "edge")[0][1]
+    assert 9 < end < axes.get_ylim()[1]
 
 
 def test_hundreds_of_trials_are_fainter_each_and_few_artists() -> None:
@@ -410,15 +413,16 @@ def test_what_has_nothing_to_show_is_left_out(case: str, shown: list[str]) -> No
 def test_a_sweep_has_five_pictures_and_costs_little() -> None:
     trials = sweep(100, params=20)
     importance = {"lr": 0.8, "optimizer": 0.2}
-    draw(trials[:5], metric="val/loss", mode="min", importance=importance)  # loads the fonts
-
-    began = time.process_time()
-    pictures = draw(trials, metric="val/loss", mode="min", importance=importance)
-    took = time.process_time() - began
+    seconds = []
+    pictures: dict[str, bytes] = {}
+    for _ in range(2):  # the first time loads the fonts
+        began = time.process_time()
+        pictures = draw(trials, metric="val/loss", mode="min", importance=importance)
+        seconds.append(time.process_time() - began)
 
     assert list(pictures) == NAMES
     assert {struct.unpack(">I", image[16:20])[0] for image in pictures.values()} == {780}
-    assert took < 2
+    assert min(seconds) < 2
 
 
 def test_every_word_is_legible_when_the_pictures_are_300_pixels_wide() -> None:

@@ -142,10 +142,10 @@ def intermediate_values(trials: Sequence[Trial], *, metric: str, mode: Mode) -> 
         axes = figure.add_subplot()
         alpha = min(0.8, max(0.2, 12 / (len(trials) + 1)))
         lines = [_line(trial) for trial in trials]
-        values = np.concatenate([np.empty(0), *(line[:, 1] for line in lines)])
-        edge = _fence(values, mode, 3.0)
-        for line in lines:
-            line[:, 1] = _clipped(line[:, 1], edge, mode)
+        finished = [line for line, trial in zip(lines, trials, strict=True) if trial.state == "finished"]
+        values = _joined(lines)
+        edge = _fence(_joined(finished) if len(finished) >= _ENOUGH else values, mode)
+        moved = False
         handles = []
         for state, style in STATES.items():
             some = [
@@ -159,8 +159,11 @@ def intermediate_values(trials: Sequence[Trial], *, metric: str, mode: Mode) -> 
             )
             # A finished line needs no mark at its end, unless it has one point only and so no length.
             ends = np.array([line[-1] for line in some if state != "finished" or len(line) == 1])
+            epochs, last = ends.reshape(-1, 2).T
+            shown = _clipped(last, edge, mode)
+            moved |= not np.array_equal(shown, last)
             marks = {**style, "markersize": 5}
-            _dots(axes, *ends.reshape(-1, 2).T, alpha=max(alpha, 0.6), gid=f"end of {state}", **marks)
+            _dots(axes, epochs, shown, alpha=max(alpha, 0.6), gid=f"end of {state}", **marks)
             if state == "finished":
                 marks["marker"] = ""
             handles.append(Line2D([], [], lw=1.6, ls=dashes, label=f"{len(some)} {state}", **marks))
@@ -168,8 +171,14 @@ def intermediate_values(trials: Sequence[Trial], *, metric: str, mode: Mode) -> 
         if best is not None and len(line := lines[trials.index(best)]):
             axes.plot(*line.T, color=BEST, marker="o" if len(line) == 1 else "", zorder=4, gid="best")
             handles.append(Line2D([], [], color=BEST, label="best"))
-        _scale_values(axes, _clipped(values, edge, mode))
-        axes.autoscale_view()
+        if moved:
+            handles.append(_edge(axes, edge))
+        if len(values):
+            shown = _clipped(values, edge, mode)
+            scale_upright(axes, shown)
+            # Lines may come from beyond the edge: the first epochs of all trials are far from the last.
+            axes.dataLim.intervaly = (shown.min(), shown.max())
+            axes.autoscale_view()
         _label(axes, metric, "epoch", best)
         _legend(figure, handles)
     return figure
@@ -420,25 +429,19 @@ def _focused(trials: Sequence[Trial], mode: Mode) -> tuple[Floats, float | None]
     """The trials' values, worse ones moved to the edge of what is shown, and that edge if there are such."""
     values = _values(trials)
     finished = values[_are_finished(trials) & np.isfinite(values)]
-    edge = _fence(finished if len(finished) >= _ENOUGH else values[np.isfinite(values)], mode, 1.5)
+    edge = _fence(finished if len(finished) >= _ENOUGH else values[np.isfinite(values)], mode)
     moved = _clipped(values, edge, mode)
     return moved, None if np.array_equal(moved, values, equal_nan=True) else edge
 
 
-def _fence(values: Floats, mode: Mode, reach: float) -> float:
-    """Where outliers begin on the worse side of finite values (Tukey, Exploratory Data Analysis, 1977).
-
-    Args:
-        values: float64 of shape [N].
-        mode: Whether smaller or larger is better.
-        reach: The distance from the worse quartile, in distances between the quartiles.
-    """
+def _fence(values: Floats, mode: Mode) -> float:
+    """Where outliers begin on the worse side of finite values (Tukey, Exploratory Data Analysis, 1977)."""
     is_log = spans_decades(values)
     low, high = np.quantile(np.log10(values) if is_log else values, [0.25, 0.75]) if len(values) else (0, 0)
     if low == high:
         return math.inf if mode == "min" else -math.inf
     with np.errstate(over="ignore"):
-        fence = high + reach * (high - low) if mode == "min" else low - reach * (high - low)
+        fence = high + 1.5 * (high - low) if mode == "min" else low - 1.5 * (high - low)
         return float(10**fence if is_log else fence)
 
 
@@ -452,6 +455,11 @@ def _line(trial: Trial) -> Floats:
         [(epoch, 0, _number(value)) for epoch, value in trial.reports.items()]
     )
     return np.stack([epochs, values], axis=1)
+
+
+def _joined(lines: Sequence[Floats]) -> Floats:
+    """The values of all lines: shape [N]."""
+    return np.concatenate([np.empty(0), *(line[:, 1] for line in lines)])
 
 
 def _values(trials: Sequence[Trial]) -> Floats:
