@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 
 from tracked.ranking import best, counts, epochs_trained, epochs_without_pruning, ranking
-from tracked.trials import Trial
+from tracked.trials import Trial, TrialState
 
 SWEEP = [
     Trial(0, "finished", {"lr": 0.1, "hidden": 16}, value=0.9, run_id="aaaaaaaa" + "0" * 24, epochs=10),
@@ -101,6 +102,7 @@ def test_a_nan_that_finished_has_no_rank() -> None:
 
 def test_trials_are_counted_by_every_state() -> None:
     assert counts(SWEEP) == {"finished": 2, "running": 1, "pruned": 2, "failed": 1}
+    assert set(counts([])) == set(get_args(TrialState))
     assert counts([]) == {"finished": 0, "running": 0, "pruned": 0, "failed": 0}
 
 

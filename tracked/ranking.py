@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from tracked.tables import aligned, distinct_length, one_line
 from tracked.trials import Trial, TrialState
@@ -13,7 +13,6 @@ Mode = Literal["min", "max"]
 
 # Best first: what finished can be chosen, what failed cannot.
 STATES: tuple[TrialState, ...] = ("finished", "running", "pruned", "failed")
-assert set(STATES) == set(get_args(TrialState))
 _WIDEST = 24  # characters of a param's name or value
 
 
