@@ -207,6 +207,8 @@ if __name__ == "__main__":
         "tracked.progress",
         "tracked.upkeep",
         "tracked.inspection",
+        "tracked.sweep",
+        "tracked.sweep_plots",
     ):
         importlib.import_module(module)
     _serve(sys.stdin, sys.stdout)

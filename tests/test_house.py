@@ -30,7 +30,8 @@ attempts loop inspection
 retrieval
 forking
 training upkeep finetune command tensors
-export
+export study worker
+sweep
 cli
 run __main__
 """
@@ -44,7 +45,7 @@ ALLOWED = {
     "tqdm": {"progress"},
     "torch": {
         *("seeding", "points", "state", "data", "streams", "checkpoint", "tracking", "loop", "training"),
-        *("freezing", "groups", "finetune", "deferred_compiler", "tensors", "export"),
+        *("freezing", "groups", "finetune", "deferred_compiler", "tensors", "export", "sweep"),
     },
     "safetensors": {"export", "finetune"},
 }

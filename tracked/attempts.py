@@ -61,20 +61,36 @@ Say = Callable[[str], None]
 
 
 def begin(
-    place: Place, *, experiment: str, name: str | None, tags: Mapping[str, str], params: dict[str, Any]
+    place: Place,
+    *,
+    experiment: str,
+    name: str | None,
+    tags: Mapping[str, str],
+    params: dict[str, Any],
+    handle: str | None = None,
 ) -> Attempt:
     """A new run, known by a local handle until the server has given it an ID.
 
+    Args:
+        place: Where it is to stand.
+        experiment: Name of the MLflow experiment.
+        name: Of the run; the server invents one for None.
+        tags: That the run has from the start.
+        params: Flat hyperparameters.
+        handle: A UUID that nobody has begun a run with; a new one by default.
+
     Raises:
         ParamError: A name that MLflow refuses.
+        RunTaken: A process on this machine has the run of that handle.
     """
     shown_params(params)  # refused here, there is no run that has failed
     outbox = place.start_sender()
-    handle, nonce = uuid.uuid4().hex, uuid.uuid4().hex
+    handle, nonce = handle or uuid.uuid4().hex, uuid.uuid4().hex
     folder = outbox.run(handle)
     folder.make()
     lock = Lock(folder.lock)
-    lock.acquire({**_holder(), "key": tags.get(RUN_KEY, "")})
+    if not lock.acquire({**_holder(), "key": tags.get(RUN_KEY, "")}):
+        raise _taken(handle, read_json(folder.lock).get("holder", "a process on this machine"))
     start = {
         "run_id": None,
         "experiment": experiment,
@@ -85,6 +101,48 @@ def begin(
         "nonce": nonce,
     }
     return Attempt(outbox, place.tracking_uri, folder, lock, 1, nonce, start, params)
+
+
+def begin_or_take_over(
+    place: Place,
+    handle: str,
+    say: Say,
+    *,
+    experiment: str,
+    name: str | None,
+    tags: Mapping[str, str],
+    params: dict[str, Any],
+    before_claim: Callable[[RunView], None] = lambda _: None,
+) -> Attempt:
+    """The next attempt of the run with this handle, whatever became of those before, if there were any.
+
+    It goes on from the last checkpoint; where the run has none, or is not even on the server, it begins. Arguments
+    as those of `begin` and `take_over`; the server is waited for without an end.
+
+    Raises:
+        RunTaken: Another process holds it, or was quicker.
+        CheckpointError: None of its checkpoints is whole.
+    """
+    from tracked.server import Server
+
+    shown_params(params)
+    server = Server(place.tracking_uri)
+    ask = Asking(say, math.inf)
+    drain(place, local_runs(place, handle), say, patience=math.inf)
+    if ask(lambda: server.find_by_handle(handle)) is None:
+        created = ask(
+            lambda: server.create_run(
+                experiment=experiment,
+                handle=handle,
+                name=name,
+                start_time=int(time.time() * 1000),
+                tags={**tags, STATE: "crashed"},
+            )
+        )
+        # Nobody's yet: whoever claims it first has it, without watching for a heartbeat that cannot come.
+        ask(lambda: server.set_status(created.run_id, "FAILED"))
+    attempt, _ = take_over(place, handle, say, before_claim=before_claim, patience=math.inf, anew=params)
+    return attempt
 
 
 def rehearse(root: Path, params: dict[str, Any], restored: dict[str, Any] | None = None) -> Attempt:
@@ -107,6 +165,7 @@ def take_over(
     *,
     before_claim: Callable[[RunView], None] = lambda _: None,
     patience: float = 60.0,
+    anew: dict[str, Any] | None = None,
 ) -> tuple[Attempt, RunView]:
     """The next attempt of an existing run, with the state of its last checkpoint.
 
@@ -116,6 +175,7 @@ def take_over(
         say: Told what is waited for.
         before_claim: May still refuse, by raising, with nothing changed.
         patience: Seconds to wait for a server that does not answer.
+        anew: Params with which it begins from the start where it has no checkpoint yet; None refuses that.
 
     Raises:
         RunNotFound: There is no such run, or several.
@@ -152,7 +212,7 @@ def take_over(
         silent = _is_silent(view, known)
         if silent and ask(lambda: server.get_run(view.run_id)).status == "RUNNING":
             raise _taken(view.run_id, "another process, which was quicker")
-        if pointed(view) is None:
+        if pointed(view) is None and anew is None:
             raise _no_checkpoint(view)
         number, nonce = newest_attempt(view.params)[0] + 1, uuid.uuid4().hex
         write_json(folder.path / "run.json", {**folder.about, "claimed": nonce})
@@ -162,12 +222,14 @@ def take_over(
             time.sleep(sender.grace_seconds())
         # From here on nobody else adds points, so what stands there now is all there will be.
         seen, view = view, ask(lambda: server.get_run(view.run_id))
-        if (
-            COMMAND in view.tags
-        ):  # it was for an attempt that is over; what comes from here on is for this one
+        if COMMAND in view.tags:
+            # It was for an attempt that is over; what comes from here on is for this one.
             ask(lambda: server.drop_tag(view.run_id, COMMAND))
-        state = ask(lambda: restore(server, view, folder, say))
-        replay = ask(lambda: _beyond(server, view, state["points"]["last"]))
+        state = None
+        if pointed(view) is not None:
+            state = ask(lambda: restore(server, view, folder, say))
+        last = {} if state is None else state["points"]["last"]
+        replay = ask(lambda: _beyond(server, view, last))
     except BaseException:
         lock.release()
         raise
@@ -180,8 +242,8 @@ def take_over(
         number,
         nonce,
         start,
-        state["params"],
-        state["about"],
+        (anew or {}) if state is None else state["params"],
+        {} if state is None else state["about"],
         state,
         replay,
         (_state(seen), seen.tags.get(STOP_REASON, "")),

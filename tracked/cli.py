@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -20,12 +21,14 @@ from tracked.errors import TrackedError, UsageError
 
 if TYPE_CHECKING:
     from tracked.place import Place
+    from tracked.server import RunView
     from tracked.tracking import Run
     from tracked.training import Request
 
 _EXAMPLES = {
     "train": "train experiments/digits.py lr=0.01 --epochs 10",
     "resume": "resume last --epochs 20",
+    "sweep": 'sweep experiments/digits.py "lr=log(1e-4,1e-1)" --trials 20 --workers 2',
     "fork": "fork last lr=0.001 --epochs 30",
     "pause": "pause last",
     "stop": "stop last --no-wait",
@@ -151,6 +154,28 @@ _how = _options(
     ),
     _as_json,
     _where,
+)
+_budget = _options(
+    click.option(
+        "--trials", type=int, metavar="N", help="Of a sweep: to train in all, by all that take part (20)."
+    ),
+    click.option("--workers", type=int, metavar="N", help="Of a sweep: processes on this machine (1)."),
+    click.option(
+        "--storage",
+        metavar="URL",
+        help="Of a sweep: a database, such as postgresql+psycopg://… (else a file).",
+    ),
+    click.option(
+        "--timeout", "seconds", type=float, metavar="S", help="Of a sweep: no new trial after S seconds."
+    ),
+    click.option(
+        "--max-epochs-total", "max_epochs", type=int, metavar="N", help="Of a sweep: so many epochs in all."
+    ),
+    click.option(
+        "--max-retries", type=int, metavar="K", help="Of a sweep: go on with a trial that died so often (3)."
+    ),
+    click.option("--top", type=int, metavar="K", help="Of a sweep: train the K best to --extend-epochs."),
+    click.option("--extend-epochs", type=int, metavar="N", help="How far --top trains, in all."),
 )
 _LOOP_NAMES = [
     "epochs",
@@ -359,16 +384,24 @@ def _check(experiment: Path, overrides: tuple[str, ...], options: dict[str, Any]
 @click.option(
     "--file", type=click.Path(path_type=Path), help="The experiment file, if it lies elsewhere now."
 )
+@_budget
 @_loop
 @_how
 def resume(run: str, overrides: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
     """Go on in the same run from its last checkpoint."""
     if command := _behind_dashes():
         _run_script(["resume", run], {"TRACKED_RESUME": run}, command, options)
+    given = dict(options)
     request = _request(options, overrides)
     from tracked import training
 
-    _carry_out(lambda request: training.resume(run, request), request, as_json=as_json)
+    def work(request: Request) -> Run:
+        try:
+            return training.resume(run, request)
+        except training.IsSweep as found:
+            _sweep(given, as_json=as_json, view=found.view)
+
+    _carry_out(work, request, as_json=as_json)
 
 
 @main.command(context_settings={"allow_interspersed_args": True})
@@ -393,6 +426,81 @@ def fork(run: str, overrides: tuple[str, ...], *, step: int | None, as_json: boo
     from tracked import training
 
     _carry_out(lambda request: training.fork(run, request, step=step), request, as_json=as_json)
+
+
+@main.command(context_settings={"allow_interspersed_args": True})
+@click.argument("experiment", type=click.Path(path_type=Path))
+@click.argument("space", nargs=-1, metavar="[NAME=SPACE | NAME=VALUE]…")
+@click.option("--sampler", metavar="NAME", help="tpe (default), random, grid, gp, cmaes or qmc.")
+@click.option(
+    "--sampler-option", "sampler_options", multiple=True, metavar="NAME=VALUE", help="Of the sampler."
+)
+@click.option(
+    "--pruner", metavar="NAME", help="median (default), percentile, sha, hyperband, threshold or none."
+)
+@click.option("--pruner-option", "pruner_options", multiple=True, metavar="NAME=VALUE", help="Of the pruner.")
+@click.option(
+    "--promote/--no-promote", default=True, help="With sha: go on with pruned trials that turn out good."
+)
+@click.option("--study-name", metavar="NAME", help="The same name again goes on with the same study.")
+@click.option("--experiment-name", metavar="NAME", help="MLflow's experiment (default: the file's name).")
+@click.option("--config", type=click.Path(path_type=Path), help="A YAML file of hyperparameters.")
+@_budget
+@_loop
+@_how
+def sweep(experiment: Path, space: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
+    """Search hyperparameters: a study whose trials are runs, the bad ones stopped early."""
+    _sweep(options, as_json=as_json, file=experiment, words=list(space))
+
+
+def _sweep(options: dict[str, Any], *, as_json: bool, view: RunView | None = None, **what: Any) -> NoReturn:
+    """Carry out a sweep, new or continued, and exit with what it means."""
+    from tracked.schedule import Settings
+
+    settings = _settings(options)
+    Settings(**settings)
+    place = _place(options.pop("tracking_uri"), options.pop("spool_dir"))
+    os.environ["MLFLOW_TRACKING_URI"] = place.tracking_uri
+    place.start_sender()
+    top, epochs = options.pop("top"), options.pop("extend_epochs")
+    if (top is None) != (epochs is None):
+        raise UsageError(
+            "--top and --extend-epochs say one thing together", try_next="--top 3 --extend-epochs 20"
+        )
+
+    from tracked import sweep as sweeps
+    from tracked.progress import Bar
+    from tracked.ranking import ranking
+
+    options.pop("no_progress")
+    progress = Bar(show=False, run_id_file=options.pop("run_id_file"))
+    known: dict[str, Any] = {name: value for name, value in options.items() if value not in (None, ())}
+    request = sweeps.Request(
+        place, settings=settings, progress=progress, extend=top and (top, epochs), **what, **known
+    )
+    try:
+        found = sweeps.sweep(request) if view is None else sweeps.resume(view, request)
+    except KeyboardInterrupt:
+        _note("interrupted twice: left at once; `resume` goes on from the last checkpoints")
+        sys.exit(130)
+    _note(ranking(found.trials, metric=found.metric, mode=found.mode, limit=10))
+    if as_json:
+        best = found.best
+        line = {
+            "run_id": found.run_id,
+            "study_name": found.study_name,
+            "state": found.state,
+            "best": best and asdict(best),
+            "trials": len(found.trials),
+        }
+        click.echo(json.dumps(line))
+    if found.state == "paused":
+        _note(f"paused: {found.reason}\n  try: python -m tracked.run resume {found.run_id}")
+        sys.exit(PAUSED)
+    if found.state == "failed":
+        _note("no trial has finished")
+        sys.exit(FAILED)
+    sys.exit(UNDELIVERED if found.undelivered else FINISHED)
 
 
 def _behind_dashes() -> list[str]:

@@ -23,6 +23,8 @@ OVERFITTING = "tracked.overfitting"
 BEST = "tracked.best"
 ORIGIN = "tracked.forked_from"
 COMMAND = "tracked.command"
+TRIAL_NUMBER = "tracked.trial"
+TRIALS = "tracked.trials"
 # Tags that MLflow's interface hides.
 HANDLE = "mlflow.tracked.handle"
 ATTEMPT = "mlflow.tracked.attempt"
@@ -36,6 +38,9 @@ SETTINGS = "mlflow.tracked.settings"
 RUN_KEY = "mlflow.tracked.run_key"
 EXACT = "mlflow.tracked.exact"
 FORKED_FROM = "mlflow.tracked.forked_from"
+SWEEP = "mlflow.tracked.sweep"
+TRIAL = "mlflow.tracked.trial"
+PARENT = "mlflow.parentRunId"
 # A tag for each fork, because a list in one tag would lose one of two that are written at the same time.
 FORK = "mlflow.tracked.fork."
 

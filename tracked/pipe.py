@@ -37,6 +37,7 @@ LOOK_AFTER_SECONDS = 1.0
 _STATUS = {
     "finished": "FINISHED",
     "stopped_early": "FINISHED",
+    "pruned": "KILLED",
     "stopped": "KILLED",
     "paused": "KILLED",
     "failed": "FAILED",

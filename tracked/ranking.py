@@ -55,8 +55,13 @@ def ranking(trials: Sequence[Trial], *, metric: str, mode: Mode, limit: int | No
 
 def best(trials: Sequence[Trial], mode: Mode) -> Trial | None:
     """The finished trial with the best value, the first of several; None while no finished one has a number."""
+    return next(iter(ranked(trials, mode)), None)
+
+
+def ranked(trials: Sequence[Trial], mode: Mode) -> list[Trial]:
+    """The finished trials that have a number for a value, best first."""
     finished = [trial for trial in trials if trial.state == "finished" and _has_value(trial)]
-    return min(finished, key=lambda trial: _order(trial, mode), default=None)
+    return sorted(finished, key=lambda trial: _order(trial, mode))
 
 
 def counts(trials: Sequence[Trial]) -> dict[str, int]:

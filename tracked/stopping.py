@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Verdict = Literal["go on", "patience", "nan"]
+Verdict = Literal["go on", "patience", "pruned", "nan"]
+Pruner = Callable[[int, int, float], bool]
+"""Whether a trial is to end: told completed steps, completed epochs, and the monitored value there."""
 
 
 @dataclass
@@ -18,6 +20,7 @@ class Stopping:
         mode: Whether smaller ("min") or larger ("max") is better.
         patience: Evaluations without improvement after which to stop; None never stops.
         min_delta: An improvement by this much or less does not count.
+        pruner: Asked after each evaluation; what is no trial of a sweep has none.
     """
 
     mode: Literal["min", "max"] = "min"
@@ -27,9 +30,14 @@ class Stopping:
     best_step: int = 0
     waited: int = 0
     judged_step: int = -1
+    pruner: Pruner | None = None
+    is_pruned: bool = False
 
-    def judge(self, step: int, value: float) -> Verdict:
-        """Take the monitored value of the evaluation at `step`; an evaluation is judged once."""
+    def judge(self, step: int, epoch: int, value: float) -> Verdict:
+        """Take the monitored value of the evaluation at `step`, in epoch `epoch`; an evaluation is judged once.
+
+        Patience goes before the pruner: a training that has got as good as it will has a result.
+        """
         if math.isnan(value):
             return "nan"
         if step == self.judged_step:
@@ -37,9 +45,12 @@ class Stopping:
         self.judged_step = step
         if self._improves(value):
             self.best, self.best_step, self.waited = value, step, 0
-            return "go on"
-        self.waited += 1
-        return "patience" if self.is_out_of_patience else "go on"
+        else:
+            self.waited += 1
+        self.is_pruned = self.pruner is not None and self.pruner(step, epoch, value)
+        if self.is_out_of_patience:
+            return "patience"
+        return "pruned" if self.is_pruned else "go on"
 
     @property
     def is_out_of_patience(self) -> bool:
@@ -58,6 +69,7 @@ class Stopping:
             "best_step": self.best_step,
             "waited": self.waited,
             "judged_step": self.judged_step,
+            "is_pruned": self.is_pruned,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

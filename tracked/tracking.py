@@ -129,7 +129,7 @@ class Run:
         self._points = self._pipe.points
         if self._restored is not None:
             self._continue(self._restored)
-        if self.attempt == 1 and attempt.params:
+        if (self.attempt == 1 or self._restored is None) and attempt.params:
             self._pipe.append("params", shown_params(attempt.params))
         self._pipe.copy(attempt.history)
         attempt.history = []  # it may be long, and the training is
@@ -439,19 +439,19 @@ class Run:
         self._points.must_be_finite.add(key)
 
     def judge(self, value: float) -> None:
-        """Take the monitored value of an evaluation: a new best is saved, and patience may end the loop.
+        """Take the monitored value of an evaluation: a new best is saved; patience or a pruner may end the loop.
 
         Raises:
             LossNotFinite: It is not a number.
         """
-        verdict = self.stopping.judge(self.step, value)
+        verdict = self.stopping.judge(self.step, self.epoch, value)
         if verdict == "nan":
             raise LossNotFinite(
                 f"the monitored metric {self.settings.monitor!r} is NaN at step {self.step}",
                 expected="a number",
                 try_next="a new run with a smaller learning rate",
             )
-        self._heed_patience()
+        self._heed_verdict()
         self._improved = self.settings.keep_best > 0 and self.stopping.best_step == self.step
         self._ask_for_attention()
 
@@ -465,11 +465,13 @@ class Run:
             self.progress.warn(f"the best weights cannot be restored: {error.found}")
             return None
 
-    def _heed_patience(self) -> None:
+    def _heed_verdict(self) -> None:
         if self.stopping.is_out_of_patience:
             self._ends_after_step = (
                 f"no improvement of {self.settings.monitor} in {self.stopping.waited} evaluations"
             )
+        elif self.stopping.is_pruned:
+            self._ends_after_step = f"pruned in epoch {self.epoch}: other trials were better"
 
     def log_artifact(self, path: str | Path, directory: str = "") -> None:
         """Have a copy of the file uploaded, as `directory/name` among the run's artifacts.
@@ -493,6 +495,22 @@ class Run:
             SpoolError: The file cannot be made.
         """
         self._add_file(name, lambda to: to.write_text(text, encoding="utf-8"))
+
+    def log_bytes(self, content: bytes, name: str) -> None:
+        """Have `content` uploaded under `name`, such as `plots/history.png`, among the run's artifacts.
+
+        Raises:
+            SpoolError: The spool cannot be written.
+        """
+        self._add_file(name, lambda path: path.write_bytes(content))
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Have further params shown; MLflow keeps the first value of each.
+
+        Raises:
+            ParamError: A name that MLflow refuses.
+        """
+        self._pipe.append("params", shown_params(values))
 
     def _add_file(self, name: str, write: Callable[[Path], Any]) -> None:
         where = Path(name)
@@ -553,7 +571,7 @@ class Run:
         """Write what is left, and wait until it is delivered or `drain_timeout` is over.
 
         Args:
-            state: finished, stopped_early, stopped, paused or failed.
+            state: finished, stopped_early, pruned, stopped, paused or failed.
             reason: Why it ended, for people.
 
         Returns:
@@ -565,7 +583,8 @@ class Run:
         if self._began is not None:
             self.seconds = time.monotonic() - self._began[0]
         if state == "finished" and self._ends_after_step:
-            state, reason = "stopped_early", self._ends_after_step
+            state = "stopped_early" if self.stopping.is_out_of_patience else "pruned"
+            reason = self._ends_after_step
         tags = {STOP_REASON: reason} if reason else {}
         if self.stopping.best is not None:
             tags[BEST] = f"{self.settings.monitor} {self.stopping.best:.6g} at step {self.stopping.best_step}"
@@ -640,7 +659,7 @@ class Run:
         self._step_seeds = seeds(derive(self.settings.seed, "step"), self.step + 1)
         if self.settings.deterministic:
             make_deterministic()
-        if is_new := self.attempt == 1:
+        if is_new := self.attempt == 1 or self._restored is None:
             loop = {**asdict(self.settings), **self._facts}
             self._pipe.append("params", {f"loop.{name}": _as_text(value) for name, value in loop.items()})
         if self._restored is None:
@@ -659,7 +678,7 @@ class Run:
             self._generators = self._restored["generators"]
             if self.overfitting.said:
                 self.record({OVERFITTING: self.overfitting.said})  # which a run forked from there has not
-            self._heed_patience()  # it may have been killed between the last step and its end
+            self._heed_verdict()  # it may have been killed between the last step and its end
             self._restored = None  # as large as the model and the optimizer
             if self._attempt.restored is not None:
                 self._attempt.restored = {"step": self.step}

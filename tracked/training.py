@@ -37,6 +37,7 @@ from tracked.names import (
     RUN_KEY,
     SETTINGS,
     STATE,
+    SWEEP,
     folder_name,
 )
 from tracked.pipe import Attempt, Progress, shown_params
@@ -63,6 +64,14 @@ class NothingLeft(Exception):
 
     def __init__(self, view: RunView, reason: str) -> None:
         super().__init__(reason)
+        self.view = view
+
+
+class IsSweep(Exception):
+    """A run that was to be resumed is the parent of a sweep, which the caller can go on with."""
+
+    def __init__(self, view: RunView) -> None:
+        super().__init__(view.run_id)
         self.view = view
 
 
@@ -116,15 +125,15 @@ def train(path: Path, request: Request) -> Run:
         request.place,
         experiment=request.experiment_name or experiment.path.stem,
         name=request.run_name,
-        tags={**_file_tags(about), **({RUN_KEY: request.run_key} if request.run_key else {})},
+        tags={**file_tags(about), **({RUN_KEY: request.run_key} if request.run_key else {})},
         params=params.flatten(values),
     )
     attempt.about = about
     run = request.run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
     request.progress.say(_named(run))
-    with _until_over(run):
+    with until_over(run):
         run.log_artifact(experiment.path, "source")
-        _carry_out(experiment, values, run)
+        carry_out(experiment, values, run)
     return run
 
 
@@ -132,7 +141,7 @@ def _named(run: Run) -> str:
     return f"run {run.id} (local handle)" if run.id == run.handle else f"run {run.id}"
 
 
-def _file_tags(about: Mapping[str, Any]) -> dict[str, str]:
+def file_tags(about: Mapping[str, Any]) -> dict[str, str]:
     """Where a run of this experiment file comes from."""
     return {
         **provenance.mlflow_tags(provenance.collect()),
@@ -214,6 +223,7 @@ def resume(word: str, request: Request) -> Run:
 
     Raises:
         NothingLeft: It is complete.
+        IsSweep: It is the parent of a sweep.
         TrackedError: As its text says; what the user's own code raises comes through as it is.
     """
     defer_compiler()
@@ -221,6 +231,8 @@ def resume(word: str, request: Request) -> Run:
 
     def prepare(view: RunView) -> None:
         """What can fail without the run is tried before it is claimed."""
+        if SWEEP in view.tags:
+            raise IsSweep(view)
         if not request.overrides:
             _check_work_left(view, request.settings)
         found.append(_experiment_of(view, request, "resume", view.run_id))
@@ -246,8 +258,8 @@ def resume(word: str, request: Request) -> Run:
         run.progress.say(f"with {', '.join(f'{name}={_shown(pair)}' for name, pair in changes.items())}")
     if _changed(override) or _changed(standing):
         run.record({OVERRIDE: json.dumps(override)})
-    with _until_over(run):
-        _carry_out(experiment, new, run)
+    with until_over(run):
+        carry_out(experiment, new, run)
     return run
 
 
@@ -286,16 +298,16 @@ def fork(word: str, request: Request, *, step: int | None = None) -> Run:
         request.place,
         experiment=request.experiment_name or origin.experiment,
         name=request.run_name,
-        tags=_file_tags(about),
+        tags=file_tags(about),
         params=params.flatten(new),
         about=about,
     )
     run = request.run = Run(attempt, settings, progress=request.progress, drain_timeout=request.drain_timeout)
     request.progress.say(f"{_named(run)} is forked from run {_origin_text(origin, override)}")
-    with _until_over(run):
+    with until_over(run):
         run.log_artifact(experiment.path, "source")
         _log_best(run, attempt)
-        _carry_out(experiment, new, run, task)
+        carry_out(experiment, new, run, task)
     return run
 
 
@@ -475,7 +487,8 @@ def _build(experiment: Experiment, values: Any, settings: Settings) -> Task | No
     return None if experiment.main is not None else experiment.task(values)
 
 
-def _carry_out(experiment: Experiment, values: Any, run: Run, task: Task | None = None) -> None:
+def carry_out(experiment: Experiment, values: Any, run: Run, task: Task | None = None) -> None:
+    """Train what the file says with these params, in a run that is open; `task` if it is built already."""
     task = task or _build(experiment, values, run.settings)
     if task is not None:
         loop.fit(task, run)
@@ -574,7 +587,7 @@ def _typed(request: Request) -> list[str]:
 
 
 @contextlib.contextmanager
-def _until_over(run: Run) -> Iterator[None]:
+def until_over(run: Run) -> Iterator[None]:
     """Run the body with signals listened to, and end the run as the body ended."""
     try:
         with leaving_on_signals(run), run:
@@ -863,7 +876,7 @@ def _check_run(
 ) -> Path:
     attempt = rehearse(root, params.flatten(values), state)
     with Run(attempt, settings) as run:
-        _carry_out(experiment, values, run)
+        carry_out(experiment, values, run)
     return attempt.folder.checkpoints
 
 

@@ -1,0 +1,329 @@
+"""The study of a sweep: every suggestion, report and verdict stands in its storage before it takes effect.
+
+So whoever opens the storage after a kill goes on with the same trials, by the same numbers. A sampler is made anew
+for each trial and seeded by its number; what it suggests is then the same however often the sweep was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from tracked.search import PROMOTED_FROM, RUN, direction_of
+from tracked.trials import Trial
+from tracked.trials import TrialState as State
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+_RECORD = "tracked"
+_RETRIES, _PRUNED_AT, _EPOCHS, _REASON, _LOST, _UNTIL = (
+    "retries",
+    "pruned_at",
+    "epochs",
+    "reason",
+    "lost",
+    "until",
+)
+_RUN_ID = "mlflow_run_id"
+_STATES: dict[TrialState, State] = {
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "running",
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+_LONGEST_TAG = 4000  # characters; MLflow 2 cuts at 5000
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a study searches: made by name elsewhere, so that the study knows no names.
+
+    Attributes:
+        sampler: The sampler for a trial of that number.
+        pruner: Decides which trials end early.
+        suggest: The params of a trial.
+        promotable: Numbers of pruned trials that deserve to go on, best first.
+    """
+
+    sampler: Callable[[int], optuna.samplers.BaseSampler]
+    pruner: optuna.pruners.BasePruner
+    suggest: Callable[[optuna.Trial], Mapping[str, Any]]
+    promotable: Callable[[list[FrozenTrial]], list[int]] = lambda _: []
+
+
+class Study:
+    """An Optuna study, its trials known by the number of the run that trains them.
+
+    A pruned trial that is continued has a second row in Optuna, where nothing that has ended can change; here it is
+    one trial, by its first number.
+
+    Args:
+        storage: Where it is kept.
+        name: Of the study in there.
+        mode: Whether smaller ("min") or larger ("max") values are better.
+        method: How it searches.
+        record: What a continuation must find again; kept with the study when it is new.
+    """
+
+    def __init__(
+        self,
+        storage: BaseStorage,
+        name: str,
+        mode: Literal["min", "max"],
+        method: Method,
+        record: Mapping[str, Any],
+    ) -> None:
+        direction: Literal["minimize", "maximize"] = "minimize" if mode == "min" else "maximize"
+        self._study = optuna.create_study(
+            storage=storage, study_name=name, direction=direction, load_if_exists=True, pruner=method.pruner
+        )
+        direction_of(self._study)  # with several objectives nothing can be pruned
+        self.name, self.mode, self._method = name, mode, method
+        self._open: dict[int, optuna.Trial] = {}
+        if _RECORD not in self._study.user_attrs:
+            self._study.set_user_attr(_RECORD, json.dumps(dict(record)))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was kept with the study when it was new, or since."""
+        return dict(json.loads(self._study.user_attrs[_RECORD]))
+
+    def note(self, **entries: Any) -> None:
+        """Change entries of the record."""
+        self._study.set_user_attr(_RECORD, json.dumps({**self.record, **entries}))
+
+    # -- one trial
+
+    def ask(self) -> tuple[int, dict[str, Any]]:
+        """A new trial's number and params."""
+        expected = len(self._all())
+        self._study.sampler = self._method.sampler(expected)
+        with _unwarned():
+            trial = self._study.ask()
+            if trial.number != expected:  # another machine asked at the same moment, and would draw the same
+                self._study.sampler = self._method.sampler(trial.number)
+                trial = optuna.Trial(self._study, trial._trial_id)  # noqa: SLF001
+            trial.set_user_attr(RUN, trial.number)
+            self._open[trial.number] = trial
+            return trial.number, dict(self._method.suggest(trial))
+
+    def reopen(self, number: int) -> dict[str, Any]:
+        """The params of a trial that runs in the storage; those that it had not been given yet are suggested now."""
+        trial = self._trial(number)
+        with _unwarned():
+            return dict(self._method.suggest(trial))
+
+    def promote(self, number: int, *, until: int | None = None) -> None:
+        """Have a trial that has ended go on, with what it has reported; `until` that epoch, if it is further."""
+        frozen = self._newest(number)
+        attributes = {**frozen.user_attrs, PROMOTED_FROM: frozen.number, RUN: number, _UNTIL: until}
+        attributes.pop(_PRUNED_AT, None)
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=frozen.params,
+            distributions=frozen.distributions,
+            intermediate_values=frozen.intermediate_values,
+            user_attrs=attributes,
+        )
+        self._open.pop(number, None)
+        self._study.add_trial(template)
+
+    def goes_on(self, number: int) -> bool:
+        """Whether the run of this trial, which had ended, is to be trained further, and has not ended again."""
+        attributes = self._newest(number).user_attrs
+        return PROMOTED_FROM in attributes and _PRUNED_AT not in attributes
+
+    def until(self, number: int) -> int | None:
+        """The last epoch of this trial, if it is not that of all."""
+        epoch = self._newest(number).user_attrs.get(_UNTIL)
+        return None if epoch is None else int(epoch)
+
+    def report(self, number: int, at: int, value: float, *, is_last: bool = False) -> bool:
+        """Keep an evaluation's value; whether the trial ends with it.
+
+        What was reported before a kill comes again after it, and has the same answer.
+
+        Args:
+            number: Of the trial.
+            at: Epoch, or step where evaluations come by steps: trials are compared at equal ones.
+            value: The monitored value.
+            is_last: The trial is complete with it, so that nothing is left to be saved by pruning.
+        """
+        trial = self._trial(number)
+        frozen = self._frozen(trial)
+        known = frozen.intermediate_values
+        if at not in known:
+            trial.report(value, at)
+        elif at < max(known):
+            return False
+        pruned_at = frozen.user_attrs.get(_PRUNED_AT)
+        if pruned_at is not None:
+            return bool(at >= pruned_at)
+        if is_last:
+            return False
+        with _unwarned():
+            prunes = bool(trial.should_prune())  # NumPy's, of some pruners
+        if prunes:
+            trial.set_user_attr(_PRUNED_AT, at)
+        return prunes
+
+    def tell(
+        self, number: int, state: State, value: float | None = None, *, epochs: int = 0, reason: str = ""
+    ) -> None:
+        """End a trial; a second time it changes nothing."""
+        trial = self._trial(number)
+        if self._frozen(trial).state.is_finished():
+            return
+        trial.set_user_attr(_EPOCHS, epochs)
+        if reason:
+            trial.set_user_attr(_REASON, reason[:500])
+        if state == "finished" and (value is None or math.isnan(value)):
+            state = "failed"
+        ended = {state_: frozen for frozen, state_ in _STATES.items()}[state]
+        with _unwarned():
+            self._study.tell(trial, value if state == "finished" else None, ended, skip_if_finished=True)
+
+    def count_retry(self, number: int) -> int:
+        """How often the trial's process has died, this time included."""
+        trial = self._trial(number)
+        count = int(self._frozen(trial).user_attrs.get(_RETRIES, 0)) + 1
+        trial.set_user_attr(_RETRIES, count)
+        return count
+
+    def identify(self, number: int, run_id: str) -> None:
+        """Keep which MLflow run trains it, while it runs; what has ended cannot be changed."""
+        frozen = self._newest(number)
+        if not frozen.state.is_finished() and frozen.user_attrs.get(_RUN_ID) != run_id:
+            self._trial(number).set_user_attr(_RUN_ID, run_id)
+
+    def describe(self, number: int) -> str:
+        """All of a trial that a study rebuilt from its run needs, as the text of a tag."""
+        frozen = self._newest(number)
+        small = {
+            name: value
+            for name, value in frozen.system_attrs.items()
+            if len(json.dumps(value)) < _LONGEST_TAG // 4
+        }
+        return json.dumps(
+            {
+                "number": number,
+                "params": frozen.params,
+                "distributions": {
+                    name: distribution_to_json(each) for name, each in frozen.distributions.items()
+                },
+                "system_attrs": small,
+            }
+        )
+
+    # -- all of them
+
+    def trials(self) -> list[Trial]:
+        """A row for each, by their numbers."""
+        return [_row(number, frozen) for number, frozen in sorted(self._newest_rows().items())]
+
+    def running(self) -> dict[int, float]:
+        """Numbers of the trials that have not ended, and when they began: seconds since the epoch."""
+        return {
+            number: frozen.datetime_start.timestamp() if frozen.datetime_start else 0.0
+            for number, frozen in sorted(self._newest_rows().items())
+            if not frozen.state.is_finished()
+        }
+
+    def count(self) -> int:
+        """How many trials were asked for, whoever asked."""
+        return sum(not frozen.user_attrs.get(_LOST) for frozen in self._newest_rows().values())
+
+    def promotable(self) -> list[int]:
+        """Pruned trials that deserve to go on by what the others have reached since, best first."""
+        return [self._root(self._all()[number]) for number in self._method.promotable(self._all())]
+
+    def importances(self) -> dict[str, float]:
+        """How much each param matters for the value, in all 1; empty while too few trials have finished."""
+        finished = [each for each in self._all() if each.state == TrialState.COMPLETE]
+        if len(finished) < 4:
+            return {}
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        try:
+            with _unwarned():
+                return dict(optuna.importance.get_param_importances(self._study, evaluator=evaluator))
+        except (ValueError, RuntimeError):  # all values equal, or no param in all of them
+            return {}
+
+    def rebuild(self, found: Iterable[tuple[Mapping[str, Any], Trial]]) -> int:
+        """Fill an empty study with trials as their runs tell them; how many.
+
+        Args:
+            found: What `describe` gave, and the row, of each.
+        """
+        by_number = {int(told["number"]): (told, row) for told, row in found}
+        for number in range(max(by_number, default=-1) + 1):
+            if number not in by_number:
+                # Asked for, and gone before anything of it was on the server: nothing was trained.
+                self._study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={_LOST: True}))
+                continue
+            told, row = by_number[number]
+            state = {name: frozen for frozen, name in _STATES.items()}[row.state]
+            if row.state == "running":
+                state = TrialState.RUNNING
+            self._study.add_trial(
+                create_trial(
+                    state=state,
+                    value=row.value if row.state == "finished" else None,
+                    params=dict(told["params"]),
+                    distributions={
+                        name: json_to_distribution(text) for name, text in told["distributions"].items()
+                    },
+                    intermediate_values=dict(row.reports),
+                    user_attrs={_EPOCHS: row.epochs, _RUN_ID: row.run_id, RUN: number},
+                    system_attrs=dict(told.get("system_attrs", {})),
+                )
+            )
+        return len(by_number)
+
+    # -- Optuna's rows
+
+    def _all(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _root(self, frozen: FrozenTrial) -> int:
+        return int(frozen.user_attrs.get(RUN, frozen.number))
+
+    def _newest_rows(self) -> dict[int, FrozenTrial]:
+        return {self._root(frozen): frozen for frozen in self._all()}
+
+    def _newest(self, number: int) -> FrozenTrial:
+        return self._newest_rows()[number]
+
+    def _trial(self, number: int) -> optuna.Trial:
+        if number not in self._open:
+            frozen = self._newest(number)
+            self._study.sampler = self._method.sampler(frozen.number)
+            with _unwarned():
+                self._open[number] = optuna.Trial(self._study, frozen._trial_id)  # noqa: SLF001 - its only way in
+        return self._open[number]
+
+    def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
+        return trial.storage.get_trial(trial._trial_id)  # noqa: SLF001
+
+
+def _row(number: int, frozen: FrozenTrial) -> Trial:
+    reports = dict(sorted(frozen.intermediate_values.items()))
+    value = frozen.value if frozen.state == TrialState.COMPLETE else None
+    row = Trial(number, _STATES[frozen.state], dict(frozen.params), reports, value)
+    epochs = int(frozen.user_attrs.get(_EPOCHS, max(reports, default=0)))
+    return replace(row, run_id=str(frozen.user_attrs.get(_RUN_ID, "")), epochs=epochs)
+
+
+def _unwarned() -> warnings.catch_warnings[None]:
+    """Without what Optuna says of its experimental parts, which the user has not chosen."""
+    return warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore")
