@@ -177,6 +177,16 @@ def test_the_steps_of_everything_are_completed_steps(tmp_path: Path) -> None:
     assert values(found, "lr") == {1: 0.05}
 
 
+def test_an_epoch_shorter_than_the_interval_of_losses_is_logged_beside_them_and_beside_evaluations(
+    tmp_path: Path,
+) -> None:
+    settings = replace(SETTINGS, epochs=25, log_every=10, eval_every="12 epochs")
+    found = fitted(tmp_path, settings, batch_size=22)
+    assert found.run.step == 25
+    assert list(values(found, "train/loss")) == [10, 20]
+    assert values(found, "epoch") == {10: 10, 12: 12, 20: 20, 24: 24}
+
+
 def test_the_learning_rate_is_logged_when_it_changes(tmp_path: Path) -> None:
     body = fitting(lambda: tiny.build(tiny.Params(scheduler="step", evaluate=False)))
     found = train(tmp_path, body, SETTINGS)

@@ -84,7 +84,7 @@ def test_all_blocks_are_run_or_say_that_they_are_output() -> None:
 
     assert len(fences) == 2 * len(ANY_BLOCK.findall(README))
     assert {language for language, _ in ANY_BLOCK.findall(README)} == {"bash", "python", "text"}
-    run_here = {"tracked", "An experiment file", "Your own loop"}
+    run_here = {"tracked", "An experiment file", "Sweeps", "Your own loop"}
     assert {
         name for name, text in SECTIONS.items() if re.search(r"^```(bash|python)", text, re.MULTILINE)
     } == run_here
@@ -112,6 +112,17 @@ def test_an_experiment_file_trains(folder: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+def test_a_sweep_of_the_same_name_goes_on(folder: Path) -> None:
+    (output,) = run_snippets("Sweeps", folder)
+
+    ended = re.findall(r"^trial (\d): (?:finished|pruned)", output, re.MULTILINE)
+    assert sorted(ended) == list("012345"), "each once"
+    parents = re.findall(r"^sweep digits: parent run (\w+)", output, re.MULTILINE)
+    assert len(parents) == 2
+    assert parents[0] == parents[1]
+
+
+@pytest.mark.timeout(300)
 def test_a_loop_of_ones_own_works_both_ways(folder: Path) -> None:
     first, commands = run_snippets("Your own loop", folder)
 
@@ -128,7 +139,20 @@ def test_a_loop_of_ones_own_works_both_ways(folder: Path) -> None:
 def test_the_tables_examples_work_in_their_order(folder: Path, nursery: Nursery) -> None:
     workplace = Workplace(folder, "")
     lines = [shlex.split(text) for text in IN_TABLE.findall(SECTIONS["Commands"])]
-    shown = {"train", "resume", "fork", "pause", "list", "show", "export", "verify", "sync", "gc", "ui"}
+    shown = {
+        "train",
+        "resume",
+        "fork",
+        "pause",
+        "list",
+        "show",
+        "export",
+        "verify",
+        "sync",
+        "gc",
+        "ui",
+        "sweep",
+    }
     assert {line[0] for line in lines} == shown
 
     for line in lines:
@@ -141,7 +165,7 @@ def test_the_tables_examples_work_in_their_order(folder: Path, nursery: Nursery)
 def test_every_option_and_variable_that_is_named_exists(folder: Path) -> None:
     helps = "".join(
         execute(folder, sys.executable, "-m", "tracked.run", command, "--help").output
-        for command in ("train", "resume", "fork", "pause", "show", "export", "sync", "gc", "ui")
+        for command in ("train", "resume", "sweep", "fork", "pause", "show", "export", "sync", "gc", "ui")
     )
     code = "".join(path.read_text() for path in (ROOT / "tracked").glob("*.py"))
 

@@ -105,9 +105,10 @@ def fit(task: Task, run: Run) -> None:
             run.log({"train/loss": window_loss.take(), **run.changed(rates)})
         if task.scheduler is not None and task.scheduler_interval == "step":
             _advance(task.scheduler, run)
-        if task.val_data is not None and evaluation.is_due(
+        evaluates = task.val_data is not None and evaluation.is_due(
             step=run.step, epoch=run.epoch, epoch_ended=run.epoch_ended
-        ):
+        )
+        if evaluates:
             metrics = evaluate(task, device, run)
             if settings.monitor is not None and settings.monitor not in (*metrics, "train/loss"):
                 raise _never_logged(settings.monitor, sorted(metrics))
@@ -116,7 +117,9 @@ def fit(task: Task, run: Run) -> None:
             if run.stopping.is_out_of_patience:
                 run.log(_evaluate_best(task, device, run))
         if run.epoch_ended:
-            run.log({"epoch": run.epoch})
+            # Of epochs so short that not each has a loss logged, not each is logged itself.
+            if evaluates or window_loss.count < run.epoch_steps:
+                run.log({"epoch": run.epoch})
             if task.scheduler is not None and task.scheduler_interval == "epoch":
                 _advance(task.scheduler, run)
     if run.stopping.is_out_of_patience and (best := run.best_state()):

@@ -158,6 +158,11 @@ class Run:
         return self.step == self._epoch_end and self.step_ended
 
     @property
+    def epoch_steps(self) -> int:
+        """Steps of the current epoch, the current one included."""
+        return self.step - self._epoch_start
+
+    @property
     def total_epochs(self) -> int | None:
         """How many epochs will be completed in all; None where nobody knows."""
         if self.total_steps is None or self._steps_in_epoch == math.inf:
