@@ -17,7 +17,7 @@ demo: $(STAMP) ## trains, kills a training, resumes it, and proves that nothing 
 	$(BIN)/python experiments/demo.py
 
 test: lint ## ruff, mypy and pytest
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 25
 
 lint: $(STAMP) ## ruff and mypy alone
 	$(BIN)/ruff check .

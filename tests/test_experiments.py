@@ -176,7 +176,7 @@ KILLED = {
     ),
     "gan": ("--max-steps 40 hidden=16 --checkpoint-every '8 steps'", (12, 30)),
     "recipe": (
-        "--max-steps 30 width=16 warm_up=8 workers=2 --eval-every '10 steps' --checkpoint-every '4 steps'",
+        "--max-steps 30 width=16 warm_up=8 --eval-every '10 steps' --checkpoint-every '4 steps'",
         (7, 22),
     ),
     "stream": (

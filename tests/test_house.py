@@ -19,7 +19,7 @@ PACKAGE = ROOT / "tracked"
 ROWS = """
 errors
 failpoints names address packing params provenance schedule stopping children deferred_compiler tables plots trials
-spool space ranking
+spool space ranking trial_runs
 journal archive sweep_plots
 server seeding points state
 data sender freezing search

@@ -15,7 +15,7 @@ from tracked.journal import Reader
 from tracked.names import OVERFITTING
 from tracked.schedule import Settings
 from tracked.spool import RunFolder
-from tracked.stopping import Overfitting
+from tracked.stopping import Overfitting, Stopping
 
 NAN = float("nan")
 DOWN = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]
@@ -118,3 +118,36 @@ def test_a_resumed_training_tells_of_overfitting_what_the_uninterrupted_one_does
         # What was said before is said again, for a run that was forked there.
         before = [text for text, at in when.items() if at <= step]
         assert told(resumed) == before[-1:] + [text for text, at in when.items() if at > step]
+
+
+@pytest.mark.parametrize(
+    ("values", "prunes_at", "patience", "verdicts"),
+    [
+        pytest.param([1, 2, 3], None, None, ["go on"] * 3, id="nothing stops it"),
+        pytest.param([1, 2, 3], 2, None, ["go on", "pruned"], id="pruned"),
+        pytest.param([3, 2, 1], 3, 2, ["go on", "go on", "patience"], id="both: patience has a result"),
+        pytest.param([3, 2, 1], 2, 2, ["go on", "pruned"], id="pruned before patience is out"),
+        pytest.param([3, NAN], None, 1, ["go on", "nan"], id="not a number"),
+    ],
+)
+def test_patience_or_a_pruner_ends_a_trial_with_one_verdict(
+    values: list[float], prunes_at: int | None, patience: int | None, verdicts: list[str]
+) -> None:
+    asked: list[tuple[int, int, float]] = []
+
+    def pruner(step: int, epoch: int, value: float) -> bool:
+        asked.append((step, epoch, value))
+        return epoch == prunes_at
+
+    stopping = Stopping("max", patience, pruner=pruner)
+    found = [
+        stopping.judge(10 * epoch, epoch, value) for epoch, value in enumerate(values[: len(verdicts)], 1)
+    ]
+
+    assert found == verdicts
+    told = [each for each in values[: len(verdicts)] if each == each]  # noqa: PLR0124 - NaN is nobody's business
+    assert asked == [(10 * epoch, epoch, value) for epoch, value in enumerate(told, 1)]
+    assert stopping.is_pruned == (found[-1] == "pruned" or (prunes_at == len(values)))
+    again = Stopping("max", patience)
+    again.load_state_dict(stopping.state_dict())
+    assert (again.is_pruned, again.best) == (stopping.is_pruned, max(told))

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -16,6 +23,7 @@ from mlflow.entities import Run
 from tests.nursery import Nursery, Trainer
 from tests.processes import Workplace, wait_until
 from tests.proofs import Curves, assert_whole, runs
+from tests.servers import MlflowServer
 
 # Four steps an epoch; `quality` decides how good a trial is from its first epoch on, `weight` learns beside it.
 # At the points that `break.json` names ({trial's quality: [epoch, what]}) something happens, once each.
@@ -43,6 +51,8 @@ def build(params):
     def evaluate(model, batches):
         if params.pause:
             time.sleep(params.pause)
+        with open("evaluated.txt", "a") as file:
+            print(params.quality, file=file)
         evaluations[0] += 1
         loss = torch.stack([nn.functional.mse_loss(model(x), y) for x, y in batches]).mean()
         happens()
@@ -118,8 +128,8 @@ def test_a_sweep_is_a_parent_run_with_a_child_for_each_trial(nursery: Nursery, w
     assert done.json["best"]["params"]["quality"] == 0.4
     assert parent.info.status == "FINISHED"
     assert parent.data.params["quality"] == "choice(0.3,0.4,0.2,0.1)"
-    assert (parent.data.params["sampler"], parent.data.params["loop.seed"]) == ("grid", "3")
-    assert parent.data.params["pruner"] == "median n_startup_trials=2"
+    assert (parent.data.params["sweep.sampler"], parent.data.params["loop.seed"]) == ("grid", "3")
+    assert parent.data.params["sweep.pruner"] == "median n_startup_trials=2"
     assert parent.data.tags["tracked.best_run"] == best.info.run_id
     assert "quality=0.4" in parent.data.tags["tracked.best"]
     states = {number: run.data.tags["tracked.state"] for number, run in children.items()}
@@ -201,7 +211,7 @@ def without_pause(
     return {number: ({**params, "pause": "0.0"}, points) for number, (params, points) in found.items()}
 
 
-@pytest.mark.parametrize("lost", ["nothing", "the study", "the disk"])
+@pytest.mark.parametrize("lost", ["the study", "the disk"])
 def test_a_killed_sweep_goes_on_by_its_parents_run_id(
     lost: str, nursery: Nursery, workplace: Workplace, undisturbed: dict[int, tuple[dict[str, str], Curves]]
 ) -> None:
@@ -209,9 +219,8 @@ def test_a_killed_sweep_goes_on_by_its_parents_run_id(
     os.kill(trainer.pid, signal.SIGKILL)
     trainer.wait()
     parent, _ = parent_and_children(workplace)
-    if lost != "nothing":
-        for path in (workplace.path / "mlruns").glob("studies.journal*"):
-            path.unlink()
+    for path in (workplace.path / "mlruns").glob("studies.journal*"):
+        path.unlink()
     if lost == "the disk":
         wait_until(lambda: not held(workplace), "the end of the workers")
         workplace.end_senders()
@@ -246,3 +255,246 @@ def test_ctrl_c_pauses_a_sweep_and_the_same_study_goes_on(
     done = nursery.run(workplace, "sweep", "experiment.py", *line)
     assert done.json["run_id"] == parent.info.run_id
     assert without_pause(table(workplace)) == undisturbed
+
+
+@pytest.mark.timeout(240)
+def test_machines_share_a_study_and_take_over_each_others_trials(
+    tmp_path: Path,
+    server_uri: str,
+    postgres_url: str,
+    nursery: Nursery,
+    undisturbed: dict[int, tuple[dict[str, str], Curves]],
+) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    one, two = (
+        Workplace(folder, server_uri, env={"TRACKED_WATCH": "3", "TRACKED_HEARTBEAT": "0.5"}, nursery=nursery)
+        for folder in folders
+    )
+    try:
+        line = (*GRID, *LINE, "pause=0.3", "--pruner", "none", "--study-name", "shared")
+        where = ("--storage", postgres_url, "--experiment-name", "machines")
+        file = one.experiment(EXPERIMENT)
+        two.experiment(EXPERIMENT)
+        first = nursery.start(one, "sweep", file, *line, *where)
+        wait_until(lambda: started_children(one) >= 2, "the first trial of one machine")
+        second = nursery.start(two, "sweep", file, *line, *where)
+        wait_until(lambda: started_children(two) >= 1, "the first trial of the other")
+        first.kill()
+        wait_until(lambda: not held(one), "the end of the first machine's worker")
+        one.end_senders()
+        done = second.wait(120)
+        assert done.returncode == 0, done
+        assert "takes part in its sweep" in done.stderr
+        _, children = parent_and_children(two, "machines")
+        assert len(children) == 4
+        for number, (params, points) in undisturbed.items():
+            run = children[number]
+            assert run.data.params["quality"] == params["quality"]
+            assert run.data.tags["tracked.state"] == "finished", (number, run.data.tags, done)
+            assert assert_whole(server_uri, run.info.run_id) == points
+    finally:
+        one.close()
+        two.close()
+
+
+def test_halving_promotes_a_stopped_trial_that_turns_out_good(nursery: Nursery, workplace: Workplace) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    line = ("quality=choice(0.1,0.2,0.3,0.4,0.5,0.6)", "--sampler", "grid", "--epochs", "4", "--json")
+    sha = ("--pruner", "sha", "--pruner-option", "reduction_factor=2", "--checkpoint-every", "1 epoch")
+    plain = nursery.run(workplace, "sweep", file, *line, *sha, "--no-promote", "--experiment-name", "plain")
+    promoting = nursery.run(workplace, "sweep", file, *line, *sha)
+
+    _, children = parent_and_children(workplace)
+    _, without = parent_and_children(workplace, "plain")
+    assert len(children) == len(without) == 6
+    went_on = [run for run in children.values() if "tracked.attempt.2" in run.data.params]
+    assert went_on, "a stopped trial went on, in its own run"
+    assert all(run.data.metrics["epoch"] > 1 for run in went_on)
+    assert not [run for run in without.values() if "tracked.attempt.2" in run.data.params]
+    for run in (*children.values(), *without.values()):
+        assert_whole(workplace.tracking_uri, run.info.run_id)
+    assert promoting.json["best"]["params"]["quality"] == 0.6
+    assert plain.json["trials"] == promoting.json["trials"] == 6
+
+
+def test_the_best_are_trained_further_in_their_own_runs(nursery: Nursery, workplace: Workplace) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    done = nursery.run(workplace, "sweep", file, *GRID, *LINE, "--pruner", "none").json
+    nursery.run(workplace, "resume", done["run_id"], "--top", "2", "--extend-epochs", "5")
+
+    _, children = parent_and_children(workplace)
+    epochs = {run.data.params["quality"]: run.data.metrics["epoch"] for run in children.values()}
+    assert epochs == {"0.1": 3, "0.2": 3, "0.3": 5, "0.4": 5}
+    for run in children.values():
+        assert_whole(workplace.tracking_uri, run.info.run_id)
+
+
+def test_a_budget_of_epochs_is_overshot_by_less_than_a_worker_each(
+    nursery: Nursery, workplace: Workplace
+) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    line = (*GRID, *LINE, "pause=0.05", "--pruner", "none", "--workers", "2")
+    done = nursery.run(workplace, "sweep", file, *line, "--max-epochs-total", "5", check=False)
+
+    parent, children = parent_and_children(workplace)
+    trained = sum(run.data.metrics.get("epoch", 0) for run in children.values())
+    assert 5 <= trained <= 6
+    assert done.returncode == 75
+    nursery.run(workplace, "resume", parent.info.run_id)
+    _, children = parent_and_children(workplace)
+    assert [run.data.metrics["epoch"] for run in children.values()] == [3, 3, 3, 3]
+
+
+def test_show_ranks_the_trials_and_verify_knows_a_parent(nursery: Nursery, workplace: Workplace) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    done = nursery.run(workplace, "sweep", file, *GRID, *LINE, "--pruner", "none").json
+    shown = nursery.run(workplace, "show", done["run_id"]).stdout
+    nursery.run(workplace, "verify", done["run_id"])
+
+    lines = [line.split() for line in shown.splitlines()]
+    ranked = [words for words in lines if len(words) > 4 and words[3] == "finished"]
+    assert [words[0] for words in ranked] == ["1", "2", "3", "4"]
+    assert [words[5] for words in ranked] == ["0.4", "0.3", "0.2", "0.1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lr=log(1e-4,1e-1)"], "lr"),
+        (["quality=uniform(0.5,0.1)"], "quality"),
+        (["quality=choice()"], "choice"),
+        (["quality=0.3"], "there is nothing to search"),
+        (["quality=uniform(0,1)", "--sampler", "annealing"], "tpe"),
+        (["quality=uniform(0,1)", "--pruner", "axe"], "hyperband"),
+        (
+            ["quality=uniform(0,1)", "--storage", "postgresql+psycopg://nobody@127.0.0.1:9/x"],
+            "cannot be used: connection failed",
+        ),
+        (["quality=uniform(0,1)", "--monitor", "val/nothing"], "val/nothing"),
+        (["quality=uniform(0,1)", "--top", "2"], "--extend-epochs"),
+    ],
+)
+def test_what_cannot_be_swept_is_told(
+    words: list[str], said: str, nursery: Nursery, workplace: Workplace
+) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    result = nursery.run(workplace, "sweep", file, *words, "--trials", "2", *LINE, check=False)
+
+    assert result.returncode in (1, 2)
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_study_that_was_about_something_else_is_not_gone_on_with(
+    nursery: Nursery, workplace: Workplace
+) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    line = ("--trials", "1", "--epochs", "1", "--study-name", "one")
+    nursery.run(workplace, "sweep", file, "quality=uniform(0,1)", *line)
+    other = nursery.run(workplace, "sweep", file, "quality=uniform(0,2)", *line, check=False)
+    (workplace.path / "experiment.py").unlink()
+    gone = nursery.run(workplace, "resume", "one", check=False)
+
+    assert other.returncode == 2
+    assert "quality" in other.stderr
+    assert "uniform(0.0,2.0)" in other.stderr or "uniform(0,2)" in other.stderr
+    assert gone.returncode == 2
+    assert "experiment.py" in gone.stderr
+
+
+@dataclass
+class Stage:
+    """A server and a folder, in which sweeps are disturbed one after another."""
+
+    server: MlflowServer
+    place: Workplace
+    nursery: Nursery
+    undisturbed: dict[int, tuple[dict[str, str], Curves]]
+
+
+@pytest.fixture(scope="module")
+def stage(
+    tmp_path_factory: pytest.TempPathFactory,
+    nursery: Nursery,
+    undisturbed: dict[int, tuple[dict[str, str], Curves]],
+) -> Iterator[Stage]:
+    path = tmp_path_factory.mktemp("stage")
+    server = MlflowServer(path / "server")
+    server.start()
+    place = Workplace(path, server.uri, {"TRACKED_WATCH": "3", "TRACKED_HEARTBEAT": "0.5"})
+    place.experiment(EXPERIMENT)
+    try:
+        yield Stage(server, place, nursery, undisturbed)
+    finally:
+        place.close()
+        server.kill()
+
+
+def workers_of(trainer: Trainer) -> list[int]:
+    with suppress(psutil.NoSuchProcess):
+        found = psutil.Process(trainer.pid).children()
+        return [child.pid for child in found if "from tracked.worker" in " ".join(child.cmdline())]
+    return []
+
+
+def kill(*pids: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def disturb(stage: Stage, seed: int, victim: str, kills: int = 2) -> None:
+    """Sweep, kill at random instants, type the same line again while it is not over, and compare the outcome."""
+    chance, place, pause = random.Random(f"{victim} {seed}"), stage.place, threading.Event()
+    evaluated = place.path / "evaluated.txt"
+    evaluated.unlink(missing_ok=True)
+    name = f"{victim}-{seed}-{uuid.uuid4().hex[:6]}"
+    names = ("--study-name", name, "--experiment-name", name)
+    line = ("sweep", "experiment.py", *GRID, *LINE, "pause=0.1", "--pruner", "none", "--workers", "2", *names)
+    trainer = stage.nursery.start(place, *line)
+    wait_until(lambda: workers_of(trainer), "the workers")
+    for _ in range(kills):
+        pause.wait(chance.uniform(0.0, 4.0))
+        workers = workers_of(trainer)
+        if victim == "worker" and workers:
+            kill(chance.choice(workers))
+        elif victim == "coordinator":
+            trainer.kill()
+        elif victim == "all":
+            kill(*workers, trainer.pid, *place.sender_pids())
+            trainer.kill()
+        elif victim == "server":
+            stage.server.kill()
+            pause.wait(chance.uniform(0.0, 1.0))
+            stage.server.start()
+        if trainer.returncode is not None:
+            trainer = stage.nursery.start(place, *line)
+    assert trainer.wait(150).returncode == 0, trainer.errors
+    _, children = parent_and_children(place, name)
+    assert len(children) == len(stage.undisturbed)
+    for number, (params, points) in stage.undisturbed.items():
+        run = children[number]
+        assert run.data.params["quality"] == params["quality"]
+        assert run.data.tags["tracked.state"] == "finished"
+        assert assert_whole(place.tracking_uri, run.info.run_id) == points
+    again = len(evaluated.read_text().split()) - 12
+    assert again <= 2 * kills, "a kill costs each worker one interval between checkpoints at most"
+
+
+# The suite itself takes two of these: the tests above kill workers, and a server takes ten seconds to come back.
+VICTIMS = ("worker", "coordinator", "all", "server")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("victim", ["coordinator", "all"])
+def test_whatever_is_killed_when_a_sweep_ends_as_the_undisturbed_one(victim: str, stage: Stage) -> None:
+    disturb(stage, 0, victim)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", range(1, 11))
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_a_sweep_survives_whatever_chance_kills(victim: str, seed: int, stage: Stage) -> None:
+    disturb(stage, seed, victim)

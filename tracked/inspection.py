@@ -39,14 +39,18 @@ from tracked.names import (
     SETTINGS,
     STATE,
     STOP_REASON,
+    SWEEP,
     folder_name,
     newest_attempt,
     step_of,
 )
 from tracked.packing import unpack
 from tracked.place import Place
+from tracked.ranking import ranking
 from tracked.spool import RunFolder, is_held, read_json
 from tracked.tables import ago, aligned, distinct_length, readable
+from tracked.trial_runs import children, glance
+from tracked.trials import Trial
 
 if TYPE_CHECKING:
     from tracked.server import RunView, Server
@@ -110,6 +114,8 @@ class Details:
     attempts: int
     facts: dict[str, str] = field(default_factory=dict)
     try_next: list[str] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    compared_by: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         fields = asdict(self)
@@ -372,6 +378,7 @@ def look(place: Place, word: str, say: Say) -> Details:
         "trouble": next((trouble for run in local if (trouble := run.about.get("trouble"))), ""),
         "rejected": next((str(count) for run in local if (count := run.about.get("rejected"))), ""),
     }
+    sweep = object_in(view.tags.get(SWEEP))
     return Details(
         summary=summary,
         status=view.status,
@@ -381,7 +388,9 @@ def look(place: Place, word: str, say: Say) -> Details:
         checkpoints=checkpoints,
         attempts=max(newest_attempt(view.params)[0], int(view.tags.get(ATTEMPT, "1"))),
         facts={name: text for name, text in facts.items() if text},
-        try_next=_try_next(summary, resumable=committed >= 0),
+        try_next=_try_next(summary, resumable=committed >= 0 or bool(sweep)),
+        trials=[glance(child) for child in children(server, view.run_id)] if sweep and view.status else [],
+        compared_by={name: sweep["settings"][name] for name in ("monitor", "mode")} if sweep else {},
     )
 
 
@@ -440,6 +449,9 @@ def page(run: Details) -> str:
             standing = "committed" if each.committed else "not committed"
             size, where = readable(each.bytes), " and ".join(each.where)
             lines.append(f"  step {each.step:<10}{size:<12}{standing:<15}{where}")
+    if run.trials:
+        by = run.compared_by
+        lines += ["", ranking(run.trials, metric=by["monitor"], mode=by["mode"])]
     lines += ["", *(f"next: {command}" for command in run.try_next)]
     return "\n".join(lines).rstrip()
 
@@ -541,6 +553,11 @@ def verify(place: Place, word: str, say: Say) -> Proof:
         return proof
     _verify_rejected(local, proof)
     histories = _verify_history(server, view, proof)
+    if SWEEP in view.tags:
+        proof.proven.append(
+            "the parent of a sweep has no checkpoints; its trials have, each a run of its own"
+        )
+        return proof
     manifest = _verify_checkpoints(server, view, proof, running=running)
     if manifest is not None:
         _verify_counts(histories, manifest, proof)

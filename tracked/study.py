@@ -104,8 +104,8 @@ class Study:
 
     # -- one trial
 
-    def ask(self) -> tuple[int, dict[str, Any]]:
-        """A new trial's number and params."""
+    def ask(self, most: int | None = None) -> int | None:
+        """A new trial's number; None, if by now there are as many as `most` of whoever asked before."""
         expected = len(self._all())
         self._study.sampler = self._method.sampler(expected)
         with _unwarned():
@@ -114,8 +114,14 @@ class Study:
                 self._study.sampler = self._method.sampler(trial.number)
                 trial = optuna.Trial(self._study, trial._trial_id)  # noqa: SLF001
             trial.set_user_attr(RUN, trial.number)
+            before = sum(number < trial.number for number in self._counted())
+            if most is not None and before >= most:  # another machine has asked at the same moment
+                trial.set_user_attr(_LOST, True)
+                self._study.tell(trial, state=TrialState.FAIL)
+                return None
             self._open[trial.number] = trial
-            return trial.number, dict(self._method.suggest(trial))
+            self._method.suggest(trial)
+            return trial.number
 
     def reopen(self, number: int) -> dict[str, Any]:
         """The params of a trial that runs in the storage; those that it had not been given yet are suggested now."""
@@ -177,6 +183,12 @@ class Study:
             trial.set_user_attr(_PRUNED_AT, at)
         return prunes
 
+    def fill(self, number: int, at: int, value: float) -> None:
+        """Keep an evaluation that nobody was there to report; what is known, or has ended, stays."""
+        frozen = self._newest(number)
+        if not frozen.state.is_finished() and at not in frozen.intermediate_values:
+            self._trial(number).report(value, at)
+
     def tell(
         self, number: int, state: State, value: float | None = None, *, epochs: int = 0, reason: str = ""
     ) -> None:
@@ -229,7 +241,8 @@ class Study:
 
     def trials(self) -> list[Trial]:
         """A row for each, by their numbers."""
-        return [_row(number, frozen) for number, frozen in sorted(self._newest_rows().items())]
+        rows = self._newest_rows()
+        return [_row(number, rows[number]) for number in sorted(self._counted())]
 
     def running(self) -> dict[int, float]:
         """Numbers of the trials that have not ended, and when they began: seconds since the epoch."""
@@ -241,7 +254,11 @@ class Study:
 
     def count(self) -> int:
         """How many trials were asked for, whoever asked."""
-        return sum(not frozen.user_attrs.get(_LOST) for frozen in self._newest_rows().values())
+        return len(self._counted())
+
+    def _counted(self) -> list[int]:
+        rows = self._newest_rows()
+        return [number for number, frozen in rows.items() if not frozen.user_attrs.get(_LOST)]
 
     def promotable(self) -> list[int]:
         """Pruned trials that deserve to go on by what the others have reached since, best first."""

@@ -41,8 +41,10 @@ from tracked.storage import open_storage
 from tracked.study import Method, Study
 from tracked.tracking import Run
 from tracked.training import file_tags
+from tracked.trial_runs import children as children_of
+from tracked.trial_runs import described, read
 from tracked.trials import Trial, TrialState
-from tracked.worker import COMMAND, Leave, Order, Over, Report, Setup, Verdict
+from tracked.worker import COMMAND, ENDED, Leave, Order, Over, Report, Setup, Verdict
 
 if TYPE_CHECKING:
     from tracked.server import RunView, Server
@@ -195,7 +197,12 @@ class _Plan:
 
     @classmethod
     def make(cls, request: Request, experiment: Experiment) -> _Plan:
-        space, fixed = spaces.parse(request.words, experiment)
+        words = request.words
+        if request.config is not None:  # a machine that goes on need not have the file
+            typed = {word.partition("=")[0].strip() for word in words}
+            read = params.read_yaml(experiment.params_class, request.config)
+            words = [*spaces.as_words({name: read[name] for name in read if name not in typed}), *words]
+        space, fixed = spaces.parse(words, experiment)
         if not space and experiment.suggest is None:
             raise UsageError(
                 "there is nothing to search",
@@ -207,7 +214,7 @@ class _Plan:
                 f"the ranges that were typed are searched, not suggest() of {experiment.path.name}"
             )
         example = spaces.as_words({name: _first(dimension) for name, dimension in space.items()})
-        values = experiment.make_params([*fixed, *example], request.config)
+        values = experiment.make_params([*fixed, *example])
         metric, mode = _monitored(request, experiment, values)
         settings = {**request.settings, "monitor": metric, "mode": mode}
         if settings.get("epochs") is None and settings.get("max_steps") is None:
@@ -248,8 +255,8 @@ class _Plan:
             "name": name,
             "handle": handle,
             "file": experiments.describe(experiment),
-            "words": request.words,
-            "space": spaces.as_json(space) if space else f"suggest() of {experiment.path.name}",
+            "words": words,
+            "space": spaces.as_json(space) if space else None,
             "settings": settings,
             "storage": None if request.storage is None else _without_password(request.storage),
             "sampler": request.sampler,
@@ -270,10 +277,9 @@ class _Plan:
             UsageError: Naming each difference.
         """
         wrong: list[str] = []
-        if isinstance(recorded["space"], str) or not self.space:
-            if recorded["space"] != self.record["space"]:
-                wrong.append("one is typed, the other comes from suggest()")
-        else:
+        if (recorded["space"] is None) != (not self.space):
+            wrong.append("one space is typed, the other comes from suggest()")
+        elif self.space:
             wrong += spaces.differences(spaces.from_json(recorded["space"]), self.space)
         for name in ("sampler", "sampler_options", "pruner", "pruner_options"):
             if recorded[name] != self.record[name]:
@@ -336,7 +342,7 @@ class _Coordinator:
         self._study = study
         self._say = request.progress.say
         self._name = request.experiment_name or experiment.path.stem
-        self._about = experiments.describe(experiment)
+        self._tags = file_tags(experiments.describe(experiment))
         self._handle = str(study.record["handle"])
         self._outbox = request.place.outbox()
         self._hands: list[_Hand] = []
@@ -348,6 +354,7 @@ class _Coordinator:
         self._looked = 0.0
         self._recorded = ""
         self._records = 0
+        self._idle_deaths = 0
         self._draws_again = 0.0
         self._drawing: threading.Thread | None = None
         self._parent: Run | None = None
@@ -378,15 +385,15 @@ class _Coordinator:
         """Begin the parent run, or go on with it; somebody else's is left to them."""
         request, plan = self._request, self._plan
         shown = {
-            "sampler": " ".join([request.sampler, *request.sampler_options]),
-            "pruner": " ".join([request.pruner, *request.pruner_options]),
+            "sweep.sampler": " ".join([request.sampler, *request.sampler_options]),
+            "sweep.pruner": " ".join([request.pruner, *request.pruner_options]),
             **{name: value for name, _, value in (word.partition("=") for word in plan.fixed)},
             **{name: str(dimension) for name, dimension in plan.space.items()},
         }
         where: dict[str, Any] = {
             "experiment": self._name,
             "name": plan.name,
-            "tags": {**file_tags(self._about), SWEEP: json.dumps(plan.record)},
+            "tags": {**self._tags, SWEEP: json.dumps(plan.record)},
             "params": shown,
         }
         try:
@@ -426,13 +433,31 @@ class _Coordinator:
                 continue
             for connection in wait([hand.connection for hand in self._hands], timeout=0.2):
                 self._hear(next(hand for hand in self._hands if hand.connection is connection))
-            if self._parent is not None and self._parent.should_stop:
-                self.leave("asked to pause")
+            if self._parent is not None and self._parent.leaves_because:
+                self.leave(self._parent.leaves_because)
+            if self._is_over_budget():
+                self.leave(f"{self._request.max_epochs} epochs are used up")
             self._record()
 
     def _lies_ahead(self) -> bool:
         """Whether there is, or may come, something to train."""
-        return bool(self._waiting or set(self._study.running()) - self._parked)
+        return bool(self._waiting or set(self._study.running()) - self._parked or self._ends_elsewhere())
+
+    def _ends_elsewhere(self) -> bool:
+        """Whether ends of trials are on their way from other machines; those that will not come are trained again.
+
+        Again means from the last checkpoint, to the same end: the study keeps what it was told.
+        """
+        told = [trial.number for trial in self._study.trials() if trial.state in ("finished", "pruned")]
+        away = {number: folder for number in told if not (folder := self._folder(number)).path.exists()}
+        if not away:
+            return False
+        time.sleep(_LOOK_SECONDS)  # nothing else is to be done, and the server is asked
+        views = Asking(self._say, math.inf)(lambda: children_of(self._server, self._parent_id))
+        ended = {view.tags.get(HANDLE) for view in views if view.tags.get(STATE) in ENDED}
+        coming = [number for number, folder in away.items() if folder.handle not in ended]
+        self._waiting += [number for number in coming if self._is_stray(number, 0.0)]
+        return bool(coming)
 
     def _finish(self) -> Outcome:
         undelivered = self._wait_for_delivery()
@@ -443,6 +468,8 @@ class _Coordinator:
             state = "paused"
         elif not any(trial.state == "finished" for trial in trials):
             state = "failed"
+        if self._parent is None and not self._leave:
+            self._open_parent(is_new=False)  # whoever had it may be gone
         if self._parent is not None:
             self._record(at_end=True)
             undelivered += self._parent.finish(state, self._leave or self._why_no_more())
@@ -556,11 +583,14 @@ class _Coordinator:
                 )
             else:
                 self._waiting.insert(0, order.number)
-        elif not self._leave and status:
-            raise UsageError(
-                f"a worker died (status {status}) before it trained anything; see above",
-                expected="an experiment that can be imported",
-            )
+        elif not self._leave:
+            self._idle_deaths += 1
+            if self._idle_deaths > self._request.max_retries:
+                raise UsageError(
+                    f"workers die without a trial (status {status}); see above",
+                    expected="processes that can import the experiment",
+                    try_next=f"python -m tracked.run train {self._experiment.path.name}",
+                )
         self._hands[index] = self._start(index)
 
     # -- handing out
@@ -576,24 +606,24 @@ class _Coordinator:
 
     def _next(self) -> Order | None:
         self._look_for_strays()
-        if self._waiting:
-            return self._order(self._waiting.pop(0), is_new=False)
         if self._is_over_budget():
             return None
+        if self._waiting:
+            return self._order(self._waiting.pop(0), is_new=False)
         if promotable := [number for number in self._study.promotable() if number not in self._parked]:
             self._study.promote(promotable[0])
             return self._order(promotable[0], is_new=False)
         if self._why_no_more():
             return None
-        number, _ = self._study.ask()
-        return self._order(number, is_new=True)
+        number = self._study.ask(self._most)
+        return None if number is None else self._order(number, is_new=True)
 
     def _order(self, number: int, *, is_new: bool) -> Order:
         suggested = self._study.reopen(number)
         words = [*self._plan.fixed, *spaces.as_words(suggested)]
-        values = params.flatten(self._experiment.make_params(words, self._request.config))
+        values = params.flatten(self._experiment.make_params(words))
         tags = {
-            **file_tags(self._about),
+            **self._tags,
             PARENT: self._parent_id,
             TRIAL: self._study.describe(number),
             TRIAL_NUMBER: str(number),
@@ -616,15 +646,17 @@ class _Coordinator:
 
     def _why_no_more(self) -> str:
         """Why no trial is begun any more; empty while there is something to begin."""
-        wanted = self._plan.record["trials"]
-        if wanted is not None and self._study.count() >= wanted:
-            return f"{wanted} trials"
-        grid = spaces.grid_size(self._plan.space) if self._request.sampler == "grid" else None
-        if grid is not None and self._study.count() >= grid:
-            return f"all {grid} points of the grid"
+        if self._most is not None and self._study.count() >= self._most:
+            return f"{self._most} trials"
         if self._request.seconds is not None and time.monotonic() - self._began >= self._request.seconds:
             return f"{self._request.seconds:g} s"
-        return "the epochs are used up" if self._is_over_budget() else ""
+        return ""
+
+    @property
+    def _most(self) -> int | None:
+        """Trials in all: what was asked for, and no point of a grid twice."""
+        grid = spaces.grid_size(self._plan.space) if self._request.sampler == "grid" else None
+        return min((each for each in (self._plan.record["trials"], grid) if each is not None), default=None)
 
     def _is_over_budget(self) -> bool:
         return self._request.max_epochs is not None and self._epochs() >= self._request.max_epochs
@@ -642,8 +674,6 @@ class _Coordinator:
         for number in running:
             if number not in ours and self._is_stray(number, running[number]):
                 self._waiting.append(number)
-        for number in {*self._strays} - {*running}:
-            del self._strays[number]
 
     def _is_stray(self, number: int, began: float) -> bool:
         """Whether the trial's process is gone: for certain on this machine, by its heartbeat elsewhere."""
@@ -680,16 +710,18 @@ class _Coordinator:
             at = message.epoch if self._plan.unit == "epoch" else message.step
             is_last = self._plan.is_last(message, order)
             ends = self._study.report(order.number, at, message.value, is_last=is_last)
+            if self._is_over_budget():
+                self.leave(f"{self._request.max_epochs} epochs are used up")  # before it goes on
             with contextlib.suppress(OSError):
                 hand.connection.send(Verdict(ends))
-            if self._is_over_budget():
-                self.leave("the epochs are used up")
         else:
             hand.order = None
             self._take(order, message)
 
     def _take(self, order: Order, over: Over) -> None:
         number = order.number
+        if not order.is_new and over.state not in ("taken", "paused"):
+            self._fill(number)
         if run_id := self._run_id(number):
             self._study.identify(number, run_id)
         if over.state == "taken":
@@ -703,6 +735,15 @@ class _Coordinator:
                 "pruned": "pruned",
             }
             self._tell(number, states.get(over.state, "failed"), over)
+
+    def _fill(self, number: int) -> None:
+        """Take evaluations from the trial's run that no coordinator was there to hear."""
+        ask, plan, handle = Asking(self._say, math.inf), self._plan, self._handle_of(number)
+        if (view := ask(lambda: self._server.find_by_handle(handle))) is None:
+            return
+        found = ask(lambda: read(self._server, view, metric=plan.metric, mode=plan.mode, unit=plan.unit))
+        for at, value in found.reports.items():
+            self._study.fill(number, at, value)
 
     def _tell(self, number: int, state: TrialState, over: Over | None = None, *, reason: str = "") -> None:
         trial = next(each for each in self._study.trials() if each.number == number)
@@ -798,42 +839,17 @@ class _Coordinator:
         """Fill the empty study from the parent's children; how many there were."""
         if self._parent is None or self._parent.attempt == 1:
             return 0
-        ask = Asking(self._say, math.inf)
-        views = ask(lambda: self._server.search(filter=f"tags.`{PARENT}` = '{self._parent_id}'"))
-        found = [view for view in views if TRIAL in view.tags]
-        return self._study.rebuild([(json.loads(view.tags[TRIAL]), self._row(view)) for view in found])
-
-    def _row(self, view: RunView) -> Trial:
-        ask = Asking(self._say, math.inf)
-        values = ask(lambda: self._server.history(view.run_id, self._plan.metric))
-        epochs = {
-            step: int(value) for step, _, value in ask(lambda: self._server.history(view.run_id, "epoch"))
-        }
-        reports: dict[int, float] = {}
-        for step, _, value in values:
-            at = epochs.get(step) if self._plan.unit == "epoch" else step
-            if at is not None:
-                reports[at] = value
-        states: dict[str, TrialState] = {
-            "finished": "finished",
-            "stopped_early": "finished",
-            "pruned": "pruned",
-            "failed": "failed",
-            "stopped": "failed",
-        }
-        state = states.get(view.tags.get(STATE, ""), "running")
-        sound = [value for value in reports.values() if not math.isnan(value)]
-        best = (min if self._plan.mode == "min" else max)(sound) if sound else None
-        number = int(json.loads(view.tags[TRIAL])["number"])
-        return Trial(
-            number,
-            state,
-            {},
-            reports,
-            best if state == "finished" else None,
-            view.run_id,
-            max(epochs.values(), default=0),
+        ask, parent, plan = Asking(self._say, math.inf), self._parent_id, self._plan
+        found = ask(
+            lambda: [
+                (
+                    described(view),
+                    read(self._server, view, metric=plan.metric, mode=plan.mode, unit=plan.unit),
+                )
+                for view in children_of(self._server, parent)
+            ]
         )
+        return self._study.rebuild(found)
 
     def _extend(self) -> bool:
         """Have the best trials trained further, if that was asked for; whether there is one to train."""

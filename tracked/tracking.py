@@ -175,6 +175,11 @@ class Run:
         return self._leave is not None or bool(self._ends_after_step)
 
     @property
+    def leaves_because(self) -> str:
+        """Why the loop was asked to leave; empty if it was not."""
+        return self._leave[1] if self._leave else ""
+
+    @property
     def is_over(self) -> bool:
         """Whether the training has ended, and at most the delivery is waited for."""
         return self._over

@@ -114,6 +114,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._run: Run | None = None
         self._leave = ""
+        self._about: dict[str, str] = {}
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -138,6 +139,7 @@ class Worker:
         if setup is None:
             return
         experiment = experiments.load(setup.file)
+        self._about = experiments.describe(experiment)
         while (order := self._inbox.get()) is not None:
             if isinstance(order, Order):
                 over = self._train(setup, experiment, order)
@@ -147,7 +149,7 @@ class Worker:
     def _train(self, setup: Setup, experiment: Experiment, order: Order) -> Over:
         self._leave = ""
         try:
-            run = self._opened(setup, experiment, order)
+            run = self._opened(setup, order)
         except _EndedBefore as ended:
             return ended.over
         except RunTaken as taken:
@@ -167,7 +169,7 @@ class Worker:
             self._run = None
         return self._over(run)
 
-    def _opened(self, setup: Setup, experiment: Experiment, order: Order) -> Run:
+    def _opened(self, setup: Setup, order: Order) -> Run:
         where: dict[str, Any] = {
             "experiment": setup.experiment_name,
             "name": order.name,
@@ -181,7 +183,7 @@ class Worker:
             attempt = begin_or_take_over(
                 place, order.handle, _quiet, before_claim=_ended if not order.goes_on else _anything, **where
             )
-        attempt.about = attempt.about or experiments.describe(experiment)
+        attempt.about = attempt.about or self._about
         settings = Settings(**setup.settings)
         if order.epochs is not None:
             settings = Settings(**{**setup.settings, "epochs": order.epochs})

@@ -1,0 +1,199 @@
+"""What a sweep costs beside its trainings, what pruning saves, and what promotion is worth.
+
+The task is real: `experiments/digits.py`, on a real server. "Cost of a trial" is what a sweep takes for some
+trials more, less what the same trainings take bare; so what is paid once cancels out. Savings are of studies that
+differ in their pruner alone: a random sampler suggests the same trials to all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+
+from benchmarks.measure import Comparison, Row, failed, in_turn, machine, mlflow_server, table
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "experiments/digits.py"
+SPACE = ("lr=log(1e-4,1e-1)", "hidden=choice(4,8,16)", "dropout=uniform(0,0.5)")
+MORE, FEW = 24, 4  # trials
+COST_LIMIT = 0.05  # seconds a trial
+SPEED_UP_LIMIT = 1 / 1.7
+SAVED_LIMIT = 0.5
+
+BARE = """
+import sys, time
+from tracked import experiment
+from tracked.seeding import derive, seed_generators
+import torch
+digits = experiment.load(sys.argv[1])
+def train(**params):
+    seed_generators(derive(0, "build"))
+    task = digits.task(digits.params_class(**params))
+    loader = torch.utils.data.DataLoader(task.train_data, batch_size=task.batch_size, shuffle=True)
+    val = torch.utils.data.DataLoader(task.val_data, batch_size=task.batch_size)
+    for epoch in range(int(sys.argv[2])):
+        task.model.train()
+        for x, y in loader:
+            task.optimizer.zero_grad()
+            task.loss(task.model(x), y).backward()
+            task.optimizer.step()
+        task.model.eval()
+        with torch.no_grad():
+            for x, y in val:
+                outputs = task.model(x)
+                task.loss(outputs, y).item(), task.metrics["accuracy"](outputs, y).item()
+        task.scheduler.step()
+train(hidden=4)
+start = time.perf_counter()
+for number in range(int(sys.argv[3])):
+    train(hidden=4)
+print((time.perf_counter() - start) / int(sys.argv[3]))
+"""
+
+
+def sweep(
+    address: str, *words: str, trials: int, epochs: int, workers: int = 1
+) -> tuple[float, dict[str, Any]]:
+    """Seconds, and the last line, of a sweep of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, "-m", "tracked.run", "sweep", str(DIGITS), *words),
+            *("--trials", str(trials), "--epochs", str(epochs), "--workers", str(workers), "--json"),
+            *("--tracking-uri", address),
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        start = time.perf_counter()
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        seconds = time.perf_counter() - start
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    return seconds, json.loads(done.stdout.splitlines()[-1])
+
+
+def bare(epochs: int, trials: int) -> float:
+    """Seconds of one training by hand, the second of its process and those after it."""
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, str(DIGITS), str(epochs), str(trials)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout)
+
+
+def costs(address: str, repeat: int) -> list[Row]:
+    """A trial's seconds by one worker and by two, beside the bare training."""
+    words = ("lr=log(1e-3,1e-1)", "hidden=4", "--sampler", "random", "--pruner", "none")
+
+    def a_trial(workers: int) -> float:
+        few, _ = sweep(address, *words, trials=FEW, epochs=2, workers=workers)
+        more, _ = sweep(address, *words, trials=FEW + MORE, epochs=2, workers=workers)
+        return (more - few) / MORE
+
+    variants = {"bare": lambda: bare(2, MORE), "one": lambda: a_trial(1), "two": lambda: a_trial(2)}
+    found = in_turn(variants, dict.fromkeys(variants, repeat))
+    cost = [one - by_hand for one, by_hand in zip(found["one"], found["bare"], strict=True)]
+    speed_up = statistics.median(found["two"]) / statistics.median(found["one"])
+    return [
+        Row("a training of 2 epochs, by hand", found["bare"]),
+        Row("a trial of one worker", found["one"]),
+        Row(
+            "… its cost beside the training",
+            cost,
+            comparisons=[Comparison("1 s", statistics.median(cost), COST_LIMIT)],
+        ),
+        Row(
+            "a trial of two workers",
+            found["two"],
+            comparisons=[Comparison("one worker", speed_up, SPEED_UP_LIMIT)],
+        ),
+    ]
+
+
+def savings(address: str, seeds: int, trials: int, epochs: int) -> list[Row]:
+    """Epochs of studies with several pruners against those without, and the best accuracy of each."""
+    pruners: dict[str, tuple[str, ...]] = {
+        "none": ("--pruner", "none"),
+        "median": ("--pruner", "median"),
+        "sha, not promoting": ("--pruner", "sha", "--no-promote"),
+        "sha": ("--pruner", "sha"),
+    }
+    client = MlflowClient(address)
+    trained: dict[str, list[float]] = {name: [] for name in pruners}
+    best: dict[str, list[float]] = {name: [] for name in pruners}
+    parents: dict[str, list[str]] = {name: [] for name in pruners}
+    for seed in range(seeds):
+        for name, pruner in pruners.items():
+            line = (*SPACE, "--sampler", "random", "--seed", str(seed), *pruner)
+            _, last = sweep(address, *line, trials=trials, epochs=epochs, workers=2)
+            parent = client.get_run(last["run_id"])
+            trained[name].append(parent.data.metrics["epochs/trained"])
+            best[name].append(parent.data.metrics["best"])
+            parents[name].append(last["run_id"])
+            print(seed, name, trained[name][-1], best[name][-1], file=sys.stderr)
+    noise = statistics.stdev(best["none"])
+    rows = []
+    for name in pruners:
+        share = [part / whole for part, whole in zip(trained[name], trained["none"], strict=True)]
+        compared = (
+            []
+            if name == "none"
+            else [Comparison("without pruning", statistics.median(share), 1 - SAVED_LIMIT)]
+        )
+        rows.append(Row(f"{name}: epochs", trained[name], "epochs", compared))
+        lost = statistics.mean(best["none"]) - statistics.mean(best[name])
+        within = [] if name == "none" else [Comparison("the noise of seeds, lost", lost / noise, 1.0)]
+        rows.append(Row(f"{name}: best accuracy", best[name], "", within))
+    # Until the value that both reach.
+    until: dict[str, list[float]] = {name: [] for name in ("sha, not promoting", "sha")}
+    for seed in range(seeds):
+        target = min(best[name][seed] for name in until)
+        for name, found in until.items():
+            found.append(_epochs_until(client, parents[name][seed], target))
+    plain, ours = until.values()
+    ratio = statistics.median(b / a for a, b in zip(plain, ours, strict=True))
+    rows.append(Row("sha, not promoting: epochs until the best", plain, "epochs"))
+    rows.append(Row("sha: epochs until that", ours, "epochs", [Comparison("not promoting", ratio, 1.0)]))
+    return rows
+
+
+def _epochs_until(client: MlflowClient, run_id: str, value: float) -> float:
+    history = client.get_metric_history(run_id, "best")
+    step = next(point.step for point in history if point.value >= value)
+    epochs = {point.step: point.value for point in client.get_metric_history(run_id, "epochs/trained")}
+    return epochs[step]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
+    parser.add_argument("--repeat", type=int, default=3, help="repetitions of the costs")
+    parser.add_argument("--seeds", type=int, default=5, help="studies of each pruner")
+    parser.add_argument("--trials", type=int, default=27, help="trials of each study")
+    parser.add_argument("--epochs", type=int, default=9, help="epochs of a trial that nothing stops")
+    parser.add_argument("--only", choices=["costs", "savings"], help="this part alone")
+    options = parser.parse_args(arguments)
+    where = machine()
+    with tempfile.TemporaryDirectory() as name, mlflow_server(Path(name) / "server") as address:
+        rows = [] if options.only == "savings" else costs(address, options.repeat)
+        if options.only != "costs":
+            rows += savings(address, options.seeds, options.trials, options.epochs)
+    print(f"{where}\n\n{table(rows)}")
+    return 1 if failed(rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

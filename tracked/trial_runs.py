@@ -1,0 +1,74 @@
+"""The trials of a sweep as their runs on the server tell them, without the study."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from tracked.names import BEST, PARENT, STATE, TRIAL
+from tracked.trials import Trial, TrialState
+
+if TYPE_CHECKING:
+    from tracked.server import RunView, Server
+
+_STATES: dict[str, TrialState] = {
+    "finished": "finished",
+    "stopped_early": "finished",
+    "pruned": "pruned",
+    "failed": "failed",
+    "stopped": "failed",
+}
+
+
+def children(server: Server, parent: str) -> list[RunView]:
+    """The runs of the trials of a parent run.
+
+    Raises:
+        ServerError: The server does not answer.
+    """
+    found = server.search(filter=f"tags.`{PARENT}` = '{parent}'")
+    return [view for view in found if TRIAL in view.tags]
+
+
+def described(view: RunView) -> dict[str, Any]:
+    """What the study wrote down of the trial when its run began: number, params, distributions."""
+    return dict(json.loads(view.tags[TRIAL]))
+
+
+def glance(view: RunView) -> Trial:
+    """A trial by what its run shows at once; its reports are not read."""
+    told = described(view)
+    state = _STATES.get(view.tags.get(STATE, ""), "running")
+    epoch = view.latest.get("epoch")
+    # "val/accuracy 0.98 at step 92"
+    words = view.tags.get(BEST, "").rsplit(" at step ", 1)[0].rsplit(" ", 1)
+    value = float(words[1]) if state == "finished" and len(words) > 1 else None
+    epochs = 0 if epoch is None else int(epoch.value)
+    return Trial(int(told["number"]), state, told["params"], {}, value, view.run_id, epochs)
+
+
+def read(server: Server, view: RunView, *, metric: str, mode: Literal["min", "max"], unit: str) -> Trial:
+    """A trial with all its reports, from the run's histories.
+
+    Args:
+        server: Where it stands.
+        view: Its run.
+        metric: The monitored one.
+        mode: Whether smaller or larger values are better.
+        unit: "epoch", or "step": what trials are compared at.
+
+    Raises:
+        ServerError: The server does not answer.
+    """
+    epochs = {step: int(value) for step, _, value in server.history(view.run_id, "epoch")}
+    reports: dict[int, float] = {}
+    for step, _, value in server.history(view.run_id, metric):
+        at = epochs.get(step) if unit == "epoch" else step
+        if at is not None:
+            reports[at] = value
+    trial = glance(view)
+    sound = [value for value in reports.values() if not math.isnan(value)]
+    best = (min if mode == "min" else max)(sound) if sound and trial.state == "finished" else None
+    return replace(trial, reports=reports, value=best, epochs=max(epochs.values(), default=0))
