@@ -139,6 +139,8 @@ def _carry_out(order: dict[str, Any]) -> int:
     from tracked import cli, sender
 
     os.setsid()
+    # Ignored, where the tests themselves run behind a shell's `&`: a child of a terminal listens.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])

@@ -287,8 +287,10 @@ def test_machines_share_a_study_and_take_over_each_others_trials(
         done = second.wait(120)
         assert done.returncode == 0, done
         assert "takes part in its sweep" in done.stderr
-        _, children = parent_and_children(two, "machines")
+        parent, children = parent_and_children(two, "machines")
         assert len(children) == 4
+        elsewhere = nursery.run(two, "resume", parent.info.run_id, check=False)
+        assert (elsewhere.returncode, "--storage postgresql" in elsewhere.stderr) == (2, True), elsewhere
         for number, (params, points) in undisturbed.items():
             run = children[number]
             assert run.data.params["quality"] == params["quality"]

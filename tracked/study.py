@@ -41,7 +41,6 @@ _STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
-_LONGEST_TAG = 4000  # characters; MLflow 2 cuts at 5000
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Study:
             storage=storage, study_name=name, direction=direction, load_if_exists=True, pruner=method.pruner
         )
         direction_of(self._study)  # with several objectives nothing can be pruned
-        self.name, self.mode, self._method = name, mode, method
+        self._method = method
         self._open: dict[int, optuna.Trial] = {}
         if _RECORD not in self._study.user_attrs:
             self._study.set_user_attr(_RECORD, json.dumps(dict(record)))
@@ -97,10 +96,6 @@ class Study:
     def record(self) -> dict[str, Any]:
         """What was kept with the study when it was new, or since."""
         return dict(json.loads(self._study.user_attrs[_RECORD]))
-
-    def note(self, **entries: Any) -> None:
-        """Change entries of the record."""
-        self._study.set_user_attr(_RECORD, json.dumps({**self.record, **entries}))
 
     # -- one trial
 
@@ -219,13 +214,11 @@ class Study:
             self._trial(number).set_user_attr(_RUN_ID, run_id)
 
     def describe(self, number: int) -> str:
-        """All of a trial that a study rebuilt from its run needs, as the text of a tag."""
+        """All of a trial that a study rebuilt from its run needs, as the text of a tag.
+
+        Not what Optuna's samplers keep beside it: of some that is a pickle, and nothing from a server is executed.
+        """
         frozen = self._newest(number)
-        small = {
-            name: value
-            for name, value in frozen.system_attrs.items()
-            if len(json.dumps(value)) < _LONGEST_TAG // 4
-        }
         return json.dumps(
             {
                 "number": number,
@@ -233,7 +226,6 @@ class Study:
                 "distributions": {
                     name: distribution_to_json(each) for name, each in frozen.distributions.items()
                 },
-                "system_attrs": small,
             }
         )
 
@@ -302,7 +294,6 @@ class Study:
                     },
                     intermediate_values=dict(row.reports),
                     user_attrs={_EPOCHS: row.epochs, _RUN_ID: row.run_id, RUN: number},
-                    system_attrs=dict(told.get("system_attrs", {})),
                 )
             )
         return len(by_number)

@@ -144,8 +144,19 @@ def sweep(request: Request) -> Outcome:
 
 
 def resume(view: RunView, request: Request) -> Outcome:
-    """Go on with the sweep of this parent run; what the request leaves open is as it was recorded."""
+    """Go on with the sweep of this parent run; what the request leaves open is as it was recorded.
+
+    Raises:
+        UsageError: Its experiment file is not found, or its study is kept in a database that is not named.
+    """
     recorded = json.loads(view.tags[SWEEP])
+    if recorded["storage"] is not None and request.storage is None:
+        # A tag may say what it likes: no database is opened, or made, because a server names it.
+        raise UsageError(
+            f"the study of run {view.run_id} is kept in {recorded['storage']}",
+            expected="that it is named here too",
+            try_next=f"python -m tracked.run resume {view.run_id} --storage {recorded['storage']}",
+        )
     path, warnings = experiments.locate(
         recorded["file"],
         file=request.file if request.file != Path() else None,
@@ -163,7 +174,6 @@ def resume(view: RunView, request: Request) -> Outcome:
             settings={**recorded["settings"], **request.settings},
             experiment_name=view.experiment_name,
             study_name=recorded["name"],
-            storage=request.storage or recorded["storage"],
             sampler=recorded["sampler"],
             sampler_options=recorded["sampler_options"],
             pruner=recorded["pruner"],
@@ -173,11 +183,6 @@ def resume(view: RunView, request: Request) -> Outcome:
             handle=view.tags[HANDLE],
         )
     )
-
-
-def is_parent(view: RunView) -> bool:
-    """Whether the run is the parent of a sweep."""
-    return SWEEP in view.tags
 
 
 @dataclass(frozen=True)
@@ -325,11 +330,11 @@ def _first(dimension: spaces.Dimension) -> Any:
     return dimension.options[0] if isinstance(dimension, spaces.Choice) else dimension.low
 
 
-def _without_password(url: str) -> str | None:
-    """The address of a storage as it may stand in a tag; None where it holds a password."""
+def _without_password(url: str) -> str:
+    """The address of a storage as it may stand in a tag."""
     from tracked.address import redact
 
-    return url if redact(url) == url else None
+    return redact(url)
 
 
 class _Coordinator:
