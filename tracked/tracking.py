@@ -93,6 +93,8 @@ class Run:
         self.total_steps: int | None = None
         self.stopping = Stopping(settings.mode or "min", settings.patience, settings.min_delta)
         self.overfitting = Overfitting()
+        self.draws = True
+        """Whether `draw_curves` does anything: of many runs side by side, one picture of all says more."""
         self.progress = progress or Progress()
         self.last_state = "running"
         self.undelivered = 0
@@ -538,6 +540,8 @@ class Run:
             panels: The keys of each panel, from above; `["train/loss", "val/loss"]` shows the gap between them.
             name: A path among the run's artifacts that ends in `.png`.
         """
+        if not self.draws:
+            return
         best = None if self.stopping.best is None else self.stopping.best_step
         attempts = self._attempt.about.get("resumed_at", [])
         self._pipe.draw(

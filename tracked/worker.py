@@ -191,6 +191,7 @@ class Worker:
             _fetch_best(place, attempt, order.handle)
         run = Run(attempt, settings, progress=_Silent(), drain_timeout=0.0)
         run.stopping.pruner = self._ask
+        run.draws = False  # half a second each, beside the trainings; the parent shows the curves of all
         if order.goes_on:
             run.stopping.is_pruned, run.stopping.waited = False, 0
         return run
