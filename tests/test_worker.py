@@ -142,7 +142,7 @@ def test_a_trial_whose_worker_was_killed_goes_on_in_the_same_run(
 
 
 def test_a_trial_killed_before_its_first_checkpoint_begins_anew_in_the_same_run(
-    workplace: Workplace, start: Callable[..., Hand], monkeypatch: pytest.MonkeyPatch
+    workplace: Workplace, start: Callable[..., Hand]
 ) -> None:
     lost = order(0)
     workplace.env["TRACKED_FAILPOINT"] = "archive.before-write"

@@ -34,13 +34,13 @@ _RETRIES, _PRUNED_AT, _EPOCHS, _REASON, _LOST, _UNTIL = (
     "until",
 )
 _RUN_ID = "mlflow_run_id"
-_STATES: dict[TrialState, State] = {
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "running",
-    TrialState.COMPLETE: "finished",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
+_OPTUNAS: dict[State, TrialState] = {
+    "running": TrialState.RUNNING,
+    "finished": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
 }
+_STATES: dict[TrialState, State] = {theirs: ours for ours, theirs in _OPTUNAS.items()}
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,9 @@ class Study:
             trial.set_user_attr(_REASON, reason[:500])
         if state == "finished" and (value is None or math.isnan(value)):
             state = "failed"
-        ended = {state_: frozen for frozen, state_ in _STATES.items()}[state]
+        result = value if state == "finished" else None
         with _unwarned():
-            self._study.tell(trial, value if state == "finished" else None, ended, skip_if_finished=True)
+            self._study.tell(trial, result, _OPTUNAS[state], skip_if_finished=True)
 
     def count_retry(self, number: int) -> int:
         """How often the trial's process has died, this time included."""
@@ -281,12 +281,9 @@ class Study:
                 self._study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={_LOST: True}))
                 continue
             told, row = by_number[number]
-            state = {name: frozen for frozen, name in _STATES.items()}[row.state]
-            if row.state == "running":
-                state = TrialState.RUNNING
             self._study.add_trial(
                 create_trial(
-                    state=state,
+                    state=_OPTUNAS[row.state],
                     value=row.value if row.state == "finished" else None,
                     params=dict(told["params"]),
                     distributions={

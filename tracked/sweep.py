@@ -28,6 +28,7 @@ import torch
 from tracked import children, params, ranking, search, spool
 from tracked import experiment as experiments
 from tracked import space as spaces
+from tracked.address import redact
 from tracked.attempts import Asking, begin, begin_or_take_over
 from tracked.errors import RunTaken, ServerError, UsageError
 from tracked.experiment import Experiment
@@ -41,10 +42,10 @@ from tracked.storage import open_storage
 from tracked.study import Method, Study
 from tracked.tracking import Run
 from tracked.training import file_tags
+from tracked.trial_runs import STATES, described, read
 from tracked.trial_runs import children as children_of
-from tracked.trial_runs import described, read
-from tracked.trials import Trial, TrialState
-from tracked.worker import COMMAND, ENDED, Leave, Order, Over, Report, Setup, Verdict
+from tracked.trials import Trial, TrialState, best_value
+from tracked.worker import COMMAND, Leave, Order, Over, Report, Setup, Verdict
 
 if TYPE_CHECKING:
     from tracked.server import RunView, Server
@@ -263,7 +264,7 @@ class _Plan:
             "words": words,
             "space": spaces.as_json(space) if space else None,
             "settings": settings,
-            "storage": None if request.storage is None else _without_password(request.storage),
+            "storage": request.storage and redact(request.storage),
             "sampler": request.sampler,
             "sampler_options": request.sampler_options,
             "pruner": request.pruner,
@@ -328,13 +329,6 @@ def _monitored(request: Request, experiment: Experiment, values: Any) -> tuple[s
 
 def _first(dimension: spaces.Dimension) -> Any:
     return dimension.options[0] if isinstance(dimension, spaces.Choice) else dimension.low
-
-
-def _without_password(url: str) -> str:
-    """The address of a storage as it may stand in a tag."""
-    from tracked.address import redact
-
-    return redact(url)
 
 
 class _Coordinator:
@@ -459,7 +453,7 @@ class _Coordinator:
             return False
         time.sleep(_LOOK_SECONDS)  # nothing else is to be done, and the server is asked
         views = Asking(self._say, math.inf)(lambda: children_of(self._server, self._parent_id))
-        ended = {view.tags.get(HANDLE) for view in views if view.tags.get(STATE) in ENDED}
+        ended = {view.tags.get(HANDLE) for view in views if view.tags.get(STATE) in STATES}
         coming = [number for number, folder in away.items() if folder.handle not in ended]
         self._waiting += [number for number in coming if self._is_stray(number, 0.0)]
         return bool(coming)
@@ -734,12 +728,7 @@ class _Coordinator:
         elif over.state == "paused":
             self._parked.add(number)
         else:
-            states: dict[str, TrialState] = {
-                "finished": "finished",
-                "stopped_early": "finished",
-                "pruned": "pruned",
-            }
-            self._tell(number, states.get(over.state, "failed"), over)
+            self._tell(number, STATES[over.state], over)
 
     def _fill(self, number: int) -> None:
         """Take evaluations from the trial's run that no coordinator was there to hear."""
@@ -752,8 +741,7 @@ class _Coordinator:
 
     def _tell(self, number: int, state: TrialState, over: Over | None = None, *, reason: str = "") -> None:
         trial = next(each for each in self._study.trials() if each.number == number)
-        values = [value for value in trial.reports.values() if not math.isnan(value)]
-        value = (min if self._plan.mode == "min" else max)(values) if values else None
+        value = best_value(trial.reports, self._plan.mode)
         reason = reason or (over.reason if over else "")
         if state == "finished" and value is None:
             logged = ", ".join(sorted(over.metrics)) if over else ""

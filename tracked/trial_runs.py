@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tracked.names import BEST, PARENT, STATE, TRIAL
-from tracked.trials import Trial, TrialState
+from tracked.trials import Trial, TrialState, best_value
 
 if TYPE_CHECKING:
     from tracked.server import RunView, Server
 
-_STATES: dict[str, TrialState] = {
+STATES: dict[str, TrialState] = {
     "finished": "finished",
     "stopped_early": "finished",
     "pruned": "pruned",
     "failed": "failed",
     "stopped": "failed",
 }
+"""The state of a run that has ended -> that of its trial."""
 
 
 def children(server: Server, parent: str) -> list[RunView]:
@@ -40,7 +40,7 @@ def described(view: RunView) -> dict[str, Any]:
 def glance(view: RunView) -> Trial:
     """A trial by what its run shows at once; its reports are not read."""
     told = described(view)
-    state = _STATES.get(view.tags.get(STATE, ""), "running")
+    state = STATES.get(view.tags.get(STATE, ""), "running")
     epoch = view.latest.get("epoch")
     # "val/accuracy 0.98 at step 92"
     words = view.tags.get(BEST, "").rsplit(" at step ", 1)[0].rsplit(" ", 1)
@@ -69,6 +69,5 @@ def read(server: Server, view: RunView, *, metric: str, mode: Literal["min", "ma
         if at is not None:
             reports[at] = value
     trial = glance(view)
-    sound = [value for value in reports.values() if not math.isnan(value)]
-    best = (min if mode == "min" else max)(sound) if sound and trial.state == "finished" else None
+    best = best_value(reports, mode) if trial.state == "finished" else None
     return replace(trial, reports=reports, value=best, epochs=max(epochs.values(), default=0))

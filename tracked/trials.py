@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 TrialState = Literal["running", "finished", "pruned", "failed"]
+
+
+def best_value(reports: Mapping[int, float], mode: Literal["min", "max"]) -> float | None:
+    """The smallest or largest of the reported values; None where none is a number."""
+    sound = [value for value in reports.values() if not math.isnan(value)]
+    return (min if mode == "min" else max)(sound, default=None)
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,10 @@ from tracked.place import Place
 from tracked.schedule import Settings
 from tracked.tracking import Run
 from tracked.training import carry_out, until_over
+from tracked.trial_runs import STATES
 
 # Not `-m tracked.worker`: under that name its messages would be of other classes than those that arrive.
 COMMAND = (sys.executable, "-c", "from tracked.worker import main; main()")
-ENDED = ("finished", "stopped_early", "pruned", "failed", "stopped")
-"""States of a run in which its trial is over."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ def _anything(_view: Any) -> None:
 
 
 def _ended(view: Any) -> None:
-    if (state := view.tags.get(STATE)) in ENDED:
+    if (state := view.tags.get(STATE)) in STATES:
         raise _EndedBefore(state, view.tags.get(STOP_REASON, ""), view.run_id)
 
 
