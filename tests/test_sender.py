@@ -27,7 +27,7 @@ from tests.servers import Answer, FakeFront, MlflowServer, Request, _Rule
 from tracked import sender
 from tracked.journal import Journal
 from tracked.packing import pack
-from tracked.sender import Sender
+from tracked.sender import Delivery, Sender
 from tracked.server import Server
 from tracked.spool import Lock, RunFolder, open_outbox
 
@@ -385,6 +385,21 @@ def test_an_attempt_that_was_superseded_sends_nothing_more_and_says_so(post: Pos
     assert curves(server_uri, run_id) == {"loss": points(10)}
     assert client.get_run(run_id).info.status == "RUNNING", "the newer attempt's status was overwritten"
     assert writing.folder.about["discarded"] == writing.journal.folder.name
+
+
+def test_a_lane_that_is_late_does_not_tell_the_next_attempt_that_it_is_superseded(
+    post: Post, server_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing = post.writing()
+    writing.end()
+    late = Delivery(writing.journal.folder, Server(server_uri))
+    while not late.close_if_done():
+        assert late.send_file() or late.send_points() or late.view is not None
+    told = writing.folder.about
+    MlflowClient(server_uri).log_param(told["run_id"], "tracked.attempt.2", "the next")
+    monkeypatch.setattr(late, "_lease_until", 0.0)
+    assert not late.is_open()
+    assert writing.folder.about == told
 
 
 def test_an_attempt_superseded_before_its_sender_first_asks_hears_of_it(post: Post, server_uri: str) -> None:

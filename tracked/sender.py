@@ -142,6 +142,7 @@ class Delivery:
         self._sent_points = time.monotonic()
         self._lease_until = 0.0
         self._about_lock = threading.Lock()
+        self._is_closed = False
         self._open_lock = threading.Lock()
 
     # -- what is told to the training, and kept for the next attempt on this machine
@@ -149,6 +150,8 @@ class Delivery:
     def tell(self, **changes: Any) -> None:
         """Change entries of the run's `run.json`, which the training polls."""
         with self._about_lock:
+            if self._is_closed:
+                return  # a lane was still on its way, and `run.json` may speak of the next attempt by now
             about = self.run.about
             if any(about.get(key) != value for key, value in changes.items()):
                 write_json(self.run.path / "run.json", {**about, **changes})
@@ -516,6 +519,8 @@ class Delivery:
             crashed = {STATE: "crashed", STOP_REASON: "the training process was killed or died"}
             self._send_end({"status": "FAILED", "end_time": int(time.time() * 1000), "tags": crashed})
         reach("sender.before-delete")
+        with self._about_lock:
+            self._is_closed = True
         shutil.rmtree(self.folder, ignore_errors=True)
         return True
 
