@@ -31,6 +31,8 @@ retrieval
 forking
 training upkeep finetune command tensors
 export study worker
+crew sweep_plan
+sweep_parent
 sweep
 cli
 run __main__
@@ -45,7 +47,7 @@ ALLOWED = {
     "tqdm": {"progress"},
     "torch": {
         *("seeding", "points", "state", "data", "streams", "checkpoint", "tracking", "loop", "training"),
-        *("freezing", "groups", "finetune", "deferred_compiler", "tensors", "export", "sweep"),
+        *("freezing", "groups", "finetune", "deferred_compiler", "tensors", "export", "crew"),
     },
     "safetensors": {"export", "finetune"},
 }

@@ -471,11 +471,12 @@ def _sweep(options: dict[str, Any], *, as_json: bool, view: RunView | None = Non
     from tracked import sweep as sweeps
     from tracked.progress import Bar
     from tracked.ranking import ranking
+    from tracked.sweep_plan import Request
 
     options.pop("no_progress")
     progress = Bar(show=False, run_id_file=options.pop("run_id_file"))
     known: dict[str, Any] = {name: value for name, value in options.items() if value not in (None, ())}
-    request = sweeps.Request(
+    request = Request(
         place, settings=settings, progress=progress, extend=top and (top, epochs), **what, **known
     )
     try:

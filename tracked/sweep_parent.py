@@ -1,0 +1,142 @@
+"""The parent run of a sweep: how the sweep stands, as metrics, tags and pictures, renewed while it goes on."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tracked import ranking
+from tracked.attempts import Say, begin, begin_or_take_over
+from tracked.names import BEST, BEST_RUN, SWEEP, TRIALS
+from tracked.schedule import Settings
+from tracked.sweep_plan import Plan, Request
+from tracked.tracking import Run
+from tracked.trials import Trial
+
+_DRAWING_REST = 20.0
+"""For so many times as long as its pictures took, no more are drawn: they are made beside the trainings."""
+
+
+class Parent:
+    """The parent run, begun or gone on with; it is ours to write until `finish`.
+
+    Args:
+        request: What the user asked for.
+        plan: What the sweep is about.
+        source: The experiment file.
+        tags: That the run has from the start.
+        is_new: Whether nobody can have begun it.
+        say: Told what is waited for.
+
+    Raises:
+        RunTaken: Another process has the sweep.
+    """
+
+    def __init__(
+        self, request: Request, plan: Plan, *, source: Path, tags: Mapping[str, str], is_new: bool, say: Say
+    ) -> None:
+        self._plan = plan
+        self._say = say
+        self._told = ""
+        self._draws_again = 0.0
+        self._drawing: threading.Thread | None = None
+        shown = {
+            "sweep.sampler": " ".join([request.sampler, *request.sampler_options]),
+            "sweep.pruner": " ".join([request.pruner, *request.pruner_options]),
+            **{name: value for name, _, value in (word.partition("=") for word in plan.fixed)},
+            **{name: str(dimension) for name, dimension in plan.space.items()},
+        }
+        tags = {**tags, SWEEP: json.dumps(plan.record)}
+        if is_new:
+            attempt = begin(
+                request.place,
+                handle=plan.handle,
+                experiment=plan.experiment,
+                name=plan.name,
+                tags=tags,
+                params=shown,
+            )
+        else:
+            attempt = begin_or_take_over(
+                request.place,
+                plan.handle,
+                say,
+                experiment=plan.experiment,
+                name=plan.name,
+                tags=tags,
+                params=shown,
+            )
+        # On from the last one there: how many trials had ended by then may come again, as some go on.
+        self._records = max((max(points, default=0) for points in attempt.replay.values()), default=0)
+        self.run = Run(attempt, Settings(**plan.settings), drain_timeout=request.drain_timeout)
+        if attempt.number == 1:
+            self.run.log_artifact(source, "source")
+        self.run.log_params({f"loop.{name}": str(value) for name, value in plan.settings.items()})
+
+    def wait_for_id(self, is_leaving: Callable[[], bool]) -> str:
+        """The run's ID, which the trials' runs name; its handle if it is left before the server answers."""
+        began, told = time.monotonic(), False
+        while self.run.id == self.run.handle and not is_leaving():
+            if not told and time.monotonic() - began > 3:
+                self._say(f"waiting for the server, which names the parent run: {self.run.trouble()}")
+                told = True
+            time.sleep(0.02)
+        return self.run.id
+
+    def tell(self, trials: list[Trial], importance: Callable[[], Mapping[str, float]]) -> None:
+        """Log how the sweep stands where a trial has ended since; draw its pictures now and then."""
+        if not trials:
+            return
+        ended = str(
+            [(trial.number, trial.state, trial.value) for trial in trials if trial.state != "running"]
+        )
+        if ended != self._told:
+            self._told = ended
+            self._records += 1
+            self._log(trials, self._records)
+        is_drawing = self._drawing is not None and self._drawing.is_alive()
+        if time.monotonic() > self._draws_again and not is_drawing:
+            self._draw(trials, importance())
+
+    def finish(self, trials: list[Trial], importance: Mapping[str, float], state: str, reason: str) -> int:
+        """Log and draw how the sweep has ended; the number of points that are not delivered yet."""
+        self._records += 1
+        self._log(trials, self._records)
+        if self._drawing is not None:
+            self._drawing.join()
+        self._draw(trials, importance).join()
+        return self.run.finish(state, reason)
+
+    def _log(self, trials: list[Trial], step: int) -> None:
+        counts = ranking.counts(trials)
+        values: dict[str, float] = {
+            **{f"trials/{state}": count for state, count in counts.items() if state != "running"},
+            "epochs/trained": ranking.epochs_trained(trials),
+            "epochs/without_pruning": ranking.epochs_without_pruning(trials, self._plan.epochs or 0),
+        }
+        best = ranking.best(trials, self._plan.mode)
+        tags = {TRIALS: ", ".join(f"{count} {state}" for state, count in counts.items())}
+        if best is not None and best.value is not None:
+            values["best"] = best.value
+            given = ", ".join(f"{name}={value}" for name, value in best.params.items())
+            tags[BEST] = f"{self._plan.metric} {best.value:.6g} in trial {best.number}: {given}"
+            tags[BEST_RUN] = best.run_id
+        self.run.log(values, step)
+        self.run.set_tags(tags)
+
+    def _draw(self, trials: list[Trial], importance: Mapping[str, float]) -> threading.Thread:
+        self._drawing = threading.Thread(target=self._make_pictures, args=(trials, importance), daemon=True)
+        self._drawing.start()
+        return self._drawing
+
+    def _make_pictures(self, trials: list[Trial], importance: Mapping[str, float]) -> None:
+        from tracked.sweep_plots import draw  # matplotlib takes most of a second to import
+
+        began = time.monotonic()
+        pictures = draw(trials, metric=self._plan.metric, mode=self._plan.mode, importance=importance)
+        for name, image in pictures.items():
+            self.run.log_bytes(image, name)
+        self._draws_again = time.monotonic() + _DRAWING_REST * (time.monotonic() - began)

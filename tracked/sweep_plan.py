@@ -1,0 +1,215 @@
+"""What a sweep is about: what a user asked for, all of it checked before anything trains."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tracked import experiment as experiments
+from tracked import params, search
+from tracked import space as spaces
+from tracked.address import redact
+from tracked.errors import UsageError
+from tracked.experiment import Experiment
+from tracked.pipe import Progress
+from tracked.place import Place
+from tracked.schedule import Interval, Settings
+from tracked.study import Method
+from tracked.worker import Order, Report
+
+_TRIALS = 20
+_FAMILY = uuid.UUID("5a1dc9de-2f0c-4f7e-9f2e-2d8f4ab1c0de")
+
+
+@dataclass
+class Request:
+    """What a user asked for.
+
+    Attributes:
+        place: Where the runs go.
+        file: The experiment.
+        words: Dimensions of the space, and fixed `name=value`.
+        settings: The loop's, of every trial.
+        config: A YAML file of hyperparameters.
+        study_name: The same name again goes on with the same study.
+        storage: Where the study is kept; None for a file beside the spool.
+        trials: To train in all, by whoever takes part; None for 20, or for all points of a grid.
+        seconds: After which no trial is begun any more.
+        max_epochs: To train in all.
+        max_retries: How often a trial goes on whose process has died.
+        extend: Train the so many best trials further, to so many epochs.
+    """
+
+    place: Place
+    file: Path = Path()
+    words: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    config: Path | None = None
+    experiment_name: str | None = None
+    study_name: str | None = None
+    storage: str | None = None
+    sampler: str = "tpe"
+    sampler_options: list[str] = field(default_factory=list)
+    pruner: str = "median"
+    pruner_options: list[str] = field(default_factory=list)
+    promote: bool = True
+    trials: int | None = None
+    workers: int = 1
+    seconds: float | None = None
+    max_epochs: int | None = None
+    max_retries: int = 3
+    extend: tuple[int, int] | None = None
+    progress: Progress = field(default_factory=Progress)
+    drain_timeout: float = 60.0
+    handle: str | None = None
+    """Of the parent run, where it exists already."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep is about, all checked before anything trains."""
+
+    name: str
+    experiment: str
+    handle: str
+    fixed: list[str]
+    space: spaces.Space
+    metric: str
+    mode: Literal["min", "max"]
+    unit: str
+    settings: dict[str, Any]
+    method: Method
+    record: dict[str, Any]
+
+    @classmethod
+    def make(cls, request: Request, experiment: Experiment) -> Plan:
+        words = request.words
+        if request.config is not None:  # a machine that goes on need not have the file
+            typed = {word.partition("=")[0].strip() for word in words}
+            read = params.read_yaml(experiment.params_class, request.config)
+            words = [*spaces.as_words({name: read[name] for name in read if name not in typed}), *words]
+        space, fixed = spaces.parse(words, experiment)
+        if not space and experiment.suggest is None:
+            raise UsageError(
+                "there is nothing to search",
+                expected="a parameter's range, or suggest(trial) in the experiment file",
+                try_next='"lr=log(1e-4,1e-1)"',
+            )
+        if space and experiment.suggest is not None:
+            request.progress.say(
+                f"the ranges that were typed are searched, not suggest() of {experiment.path.name}"
+            )
+        example = spaces.as_words({name: _first(dimension) for name, dimension in space.items()})
+        values = experiment.make_params([*fixed, *example])
+        metric, mode = _monitored(request, experiment, values)
+        settings = {**request.settings, "monitor": metric, "mode": mode}
+        if settings.get("epochs") is None and settings.get("max_steps") is None:
+            raise UsageError(
+                "it is not said how long a trial trains", expected="epochs or steps", try_next="--epochs 10"
+            )
+        seed = Settings(**settings).seed
+
+        def suggest(trial: Any) -> Mapping[str, Any]:
+            if space:
+                return search.suggest(trial, space)
+            assert experiment.suggest is not None
+            return experiment.suggest(trial)
+
+        pruner = search.make_pruner(request.pruner, request.pruner_options, epochs=settings.get("epochs"))
+
+        def promotable(rows: list[Any]) -> list[int]:
+            direction: search.Direction = "minimize" if mode == "min" else "maximize"
+            return search.promotable(rows, pruner, direction) if request.promote else []
+
+        method = Method(
+            sampler=lambda number: search.make_sampler(
+                request.sampler, request.sampler_options, seed=seed, number=number, space=space or None
+            ),
+            pruner=pruner,
+            suggest=suggest,
+            promotable=promotable,
+        )
+        method.sampler(0)  # its options are checked before there is anything to undo
+        experiment_name = request.experiment_name or experiment.path.stem
+        handle = request.handle or (
+            uuid.uuid5(_FAMILY, f"{experiment_name} {request.study_name}").hex
+            if request.study_name
+            else uuid.uuid4().hex
+        )
+        name = request.study_name or f"{experiment.path.stem}-{handle[:8]}"
+        record: dict[str, Any] = {
+            "name": name,
+            "handle": handle,
+            "file": experiments.describe(experiment),
+            "words": words,
+            "space": spaces.as_json(space) if space else None,
+            "settings": settings,
+            "storage": request.storage and redact(request.storage),
+            "sampler": request.sampler,
+            "sampler_options": request.sampler_options,
+            "pruner": request.pruner,
+            "pruner_options": request.pruner_options,
+            "promote": request.promote,
+            "trials": request.trials or (None if request.sampler == "grid" else _TRIALS),
+        }
+        unit = Interval.parse(Settings(**settings).eval_every).unit
+        record = json.loads(json.dumps(record))  # as it will be read back
+        return cls(name, experiment_name, handle, fixed, space, metric, mode, unit, settings, method, record)
+
+    def check_same(self, recorded: Mapping[str, Any]) -> None:
+        """Refuse to go on with a study that was about something else.
+
+        Raises:
+            UsageError: Naming each difference.
+        """
+        wrong: list[str] = []
+        if (recorded["space"] is None) != (not self.space):
+            wrong.append("one space is typed, the other comes from suggest()")
+        elif self.space:
+            wrong += spaces.differences(spaces.from_json(recorded["space"]), self.space)
+        for name in ("sampler", "sampler_options", "pruner", "pruner_options"):
+            if recorded[name] != self.record[name]:
+                wrong.append(f"{name} was {recorded[name]!r}, and is {self.record[name]!r}")
+        for name in ("monitor", "mode", "seed", "eval_every"):
+            was, now = (settings.get(name) for settings in (recorded["settings"], self.settings))
+            if was != now:
+                wrong.append(f"{name} was {was!r}, and is {now!r}")
+        if wrong:
+            raise UsageError(
+                f"the study {self.name!r} is not the one asked for: {'; '.join(wrong)}",
+                expected="the same line for the same study",
+                try_next="another --study-name",
+            )
+
+    @property
+    def epochs(self) -> int | None:
+        """That a trial trains which nothing stops."""
+        return self.settings.get("epochs")
+
+    def is_last(self, report: Report, order: Order) -> bool:
+        epochs = order.epochs or self.epochs
+        steps = self.settings.get("max_steps")
+        return bool((epochs and report.epoch >= epochs) or (steps and report.step >= steps))
+
+
+def _monitored(request: Request, experiment: Experiment, values: Any) -> tuple[str, Literal["min", "max"]]:
+    """The metric that trials are compared by."""
+    monitor, mode = request.settings.get("monitor"), request.settings.get("mode")
+    if experiment.build is not None and (monitor is None or mode is None):
+        task = experiment.task(values)
+        monitor, mode = monitor or task.monitor, mode or task.mode
+    if monitor is None:
+        raise UsageError(
+            "it is not said by which metric the trials are compared",
+            expected="the name of a metric that the loop logs",
+            try_next="--monitor val/loss",
+        )
+    return monitor, mode or "min"
+
+
+def _first(dimension: spaces.Dimension) -> Any:
+    return dimension.options[0] if isinstance(dimension, spaces.Choice) else dimension.low
