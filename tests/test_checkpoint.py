@@ -47,8 +47,8 @@ class Watched:
 
     @property
     def pid(self) -> int:
-        assert self.writer._process is not None
-        return self.writer._process.pid
+        assert self.writer.scribe.process is not None
+        return self.writer.scribe.process.pid
 
     def take(
         self, root: Path, step: int, *, pinned: bool = False, wait: bool = False, size: int = 100
@@ -71,7 +71,7 @@ class Watched:
 def watched() -> Iterator[Watched]:
     found = Watched()
     yield found
-    if found.writer._process is not None:
+    if found.writer.scribe.process is not None:
         found.go_on()
     found.writer.close()
 
@@ -338,7 +338,7 @@ def test_nothing_queues_and_the_newest_is_written(watched: Watched, tmp_path: Pa
     watched.stop()
     size = 100_000
     assert all(watched.take(tmp_path, step, size=size) for step in range(1, 51))
-    assert sum(slot.size for slot in watched.writer._slots) <= 2 * (4 * size + 4096)
+    assert sum(slot.size for slot in watched.writer.scribe.slots) <= 2 * (4 * size + 4096)
     assert watched.steps == [0]
     watched.go_on()
     watched.writer.drain()
@@ -453,7 +453,7 @@ def test_the_writing_process_ends_with_the_one_it_writes_for(tmp_path: Path) -> 
         "import os, signal, torch\nfrom pathlib import Path\nfrom tracked.checkpoint import Writer\n"
         "writer = Writer(print, print)\n"
         "writer.take({'step': 1, 't': torch.ones(3)}, Path('one'), {'step': 1}, wait=True)\n"
-        "writer.drain()\nprint(writer._process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
+        "writer.drain()\nprint(writer.scribe.process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     answer = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False

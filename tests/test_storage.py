@@ -143,31 +143,7 @@ def test_a_relative_file_of_sqlite_is_kept_in_the_current_folder_whatever_its_na
     assert sqlite3.connect(folder / "study.db").execute("SELECT count(*) FROM trials").fetchone() == (1,)
 
 
-# --- Claims -----------------------------------------------------------------------------------
-
-
-def claim_all(url: str | None, journal: Path, barrier: Any, answers: Connection) -> None:
-    with open_storage(url, default=journal) as storage:
-        study = study_of(storage.backend)
-        barrier.wait(30)
-        claimed = []
-        while trial := storage.claim(study):
-            claimed.append((trial.number, trial.suggest_float("lr", 0, 1)))
-            study.tell(trial, trial.params["lr"])
-        answers.send(claimed)
-
-
-@pytest.mark.parametrize("address", SHARED, indirect=True)
-def test_of_three_processes_each_waiting_trial_is_claimed_by_one(address: str | None, journal: Path) -> None:
-    queued = [number / 100 for number in range(40)]
-    with open_storage(address, default=journal) as storage:
-        for lr in queued:
-            study_of(storage.backend).enqueue_trial({"lr": lr})
-
-    shares = answers_of_three(claim_all, address, journal)
-
-    assert sorted(each for share in shares for each in share) == list(enumerate(queued))
-    assert sum(1 for share in shares if share) > 1, "one process was done before another began"
+# --- Several processes ------------------------------------------------------------------------
 
 
 def ask_all(url: str | None, journal: Path, barrier: Any, answers: Connection) -> None:
@@ -188,19 +164,6 @@ def test_processes_that_open_a_new_storage_at_once_share_one_study_and_its_numbe
     numbers = [number for share in answers_of_three(ask_all, address, journal) for number in share]
 
     assert sorted(numbers) == list(range(45))
-
-
-def test_a_claim_takes_what_waits_and_makes_nothing_new(journal: Path) -> None:
-    with open_storage(None, default=journal) as storage:
-        study = study_of(storage.backend)
-        study.enqueue_trial({"lr": 0.5})
-
-        claimed = storage.claim(study)
-
-        assert claimed is not None
-        assert claimed.suggest_float("lr", 0, 1) == 0.5
-        assert storage.claim(study) is None
-        assert len(study.trials) == 1
 
 
 # --- The journal file, torn and killed --------------------------------------------------------

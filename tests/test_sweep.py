@@ -26,7 +26,8 @@ from tests.proofs import Curves, assert_whole, runs
 from tests.servers import MlflowServer
 
 # Four steps an epoch; `quality` decides how good a trial is from its first epoch on, `weight` learns beside it.
-# At the points that `break.json` names ({trial's quality: [epoch, what]}) something happens, once each.
+# At the points that `break.json` names ({trial's quality: [epoch, what]}) something happens, once each; a file `hold`
+# stops every trial in its second epoch for as long as it is there.
 EXPERIMENT = """
 import json, os, signal, time
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ def build(params):
         with open("evaluated.txt", "a") as file:
             print(params.quality, file=file)
         evaluations[0] += 1
+        while evaluations[0] == 2 and Path("hold").exists():
+            time.sleep(0.02)
         loss = torch.stack([nn.functional.mse_loss(model(x), y) for x, y in batches]).mean()
         happens()
         return {"loss": loss, "score": params.quality + 0.001 * torch.tanh(-loss)}
@@ -234,6 +237,12 @@ def test_a_killed_sweep_goes_on_by_its_parents_run_id(
     assert again.info.status == "FINISHED"
 
 
+def committed(place: Workplace) -> int:
+    """The last step whose checkpoint is on the server, of any run."""
+    steps = [int(run.about.get("committed", 0)) for box in place.outboxes() for run in box.runs()]
+    return max(steps, default=0)
+
+
 def held(place: Workplace) -> bool:
     from tracked.spool import is_held
 
@@ -273,22 +282,24 @@ def test_machines_share_a_study_and_take_over_each_others_trials(
         for folder in folders
     )
     try:
-        line = (*GRID, *LINE, "pause=0.3", "--pruner", "none", "--study-name", "shared")
-        where = ("--storage", postgres_url, "--experiment-name", "machines")
+        line = (*GRID, *LINE, "--pruner", "none", "--storage", postgres_url, "--experiment-name", "machines")
         file = one.experiment(EXPERIMENT)
         two.experiment(EXPERIMENT)
-        first = nursery.start(one, "sweep", file, *line, *where)
-        wait_until(lambda: started_children(one) >= 2, "the first trial of one machine")
-        second = nursery.start(two, "sweep", file, *line, *where)
+        (one.path / "hold").touch()
+        first = nursery.start(one, "sweep", file, *line)
+        wait_until(lambda: committed(one), "the first epoch of one machine's first trial")
+        second = nursery.start(two, "sweep", file, *line)
         wait_until(lambda: started_children(two) >= 1, "the first trial of the other")
-        first.kill()
-        wait_until(lambda: not held(one), "the end of the first machine's worker")
+        kill(*workers_of(first), first.pid)
         one.end_senders()
         done = second.wait(120)
         assert done.returncode == 0, done
         assert "takes part in its sweep" in done.stderr
         parent, children = parent_and_children(two, "machines")
         assert len(children) == 4
+        assert [run for run in children.values() if "tracked.attempt.2" in run.data.params], (
+            "none was taken over"
+        )
         elsewhere = nursery.run(two, "resume", parent.info.run_id, check=False)
         assert (elsewhere.returncode, "--storage postgresql" in elsewhere.stderr) == (2, True), elsewhere
         for number, (params, points) in undisturbed.items():

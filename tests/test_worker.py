@@ -12,12 +12,13 @@ from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.processes import EXPERIMENT, ROOT, Workplace
 from tests.proofs import assert_same_training, curves, runs, state
 from tracked.place import Place
-from tracked.worker import COMMAND, Leave, Order, Over, Report, Setup, Verdict
+from tracked.worker import COMMAND, Begun, Leave, Order, Over, Ready, Report, Setup, Verdict
 
 SETTINGS = {"epochs": 3, "monitor": "val/loss", "mode": "min", "checkpoint_every": ("1 epoch", "3 steps")}
 
@@ -45,10 +46,16 @@ class Hand:
         """Hand out a trial, and answer its reports until it is over."""
         self.connection.send(order)
         reports: list[Report] = []
-        while isinstance(message := self.connection.recv(), Report):
+        while isinstance(message := self.heard(), Report):
             reports.append(message)
             self.connection.send(Verdict(answer(message)))
         return message, reports
+
+    def heard(self) -> Any:
+        """The next message about a trial's outcome."""
+        while isinstance(message := self.connection.recv(), Ready | Begun):
+            pass
+        return message
 
     def close(self) -> None:
         self.connection.close()
@@ -78,14 +85,13 @@ def order(number: int, **params: Any) -> Order:
     )
 
 
-def only(place: Workplace, over: Over) -> str:
-    """The ID of the one run of a trial, whose ID or handle the worker told."""
-    (found,) = [
-        run.info.run_id
-        for run in runs(place.tracking_uri)
-        if over.run_id in (run.info.run_id, run.data.tags["mlflow.tracked.handle"])
+def only(place: Workplace, trial: Order) -> str:
+    """The ID of the one run of a trial."""
+    found = [
+        run for run in runs(place.tracking_uri) if run.data.tags["mlflow.tracked.handle"] == trial.handle
     ]
-    return str(found)
+    (run,) = found
+    return str(run.info.run_id)
 
 
 def delivered(place: Workplace) -> None:
@@ -102,7 +108,7 @@ def test_a_worker_trains_one_trial_after_another_and_ends_those_that_it_is_told_
     delivered(workplace)
 
     assert [(each.step, each.epoch) for each in reports] == [(8, 1), (16, 2), (24, 3)]
-    assert (whole.state, whole.epochs, whole.value) == ("finished", 3, min(each.value for each in reports))
+    assert (whole.state, whole.epochs) == ("finished", 3)
     assert (pruned.state, pruned.epochs, [each.epoch for each in early]) == ("pruned", 2, [1, 2])
     assert failed.state == "failed"
     assert "LossNotFinite" in failed.reason
@@ -120,12 +126,12 @@ def test_a_trial_whose_worker_was_killed_goes_on_in_the_same_run(
     workplace: Workplace, start: Callable[..., Hand]
 ) -> None:
     first, second = start(), start()
-    reference, _ = first.train(order(0))
-    lost = order(1)
+    reference, lost = order(0), order(1)
+    first.train(reference)
     first.connection.send(lost)
-    before = first.connection.recv()
+    before = first.heard()
     first.connection.send(Verdict(ends=False))
-    assert isinstance(first.connection.recv(), Report)
+    assert isinstance(first.heard(), Report)
     os.kill(first.process.pid, signal.SIGKILL)
     over, reports = second.train(replace(lost, is_new=False))
     delivered(workplace)
@@ -136,7 +142,7 @@ def test_a_trial_whose_worker_was_killed_goes_on_in_the_same_run(
     whole = only(workplace, reference)
     assert_same_training(
         workplace.tracking_uri,
-        only(workplace, over),
+        only(workplace, lost),
         (curves(workplace.tracking_uri, whole), state(workplace.tracking_uri, whole)),
     )
 
@@ -150,7 +156,7 @@ def test_a_trial_killed_before_its_first_checkpoint_begins_anew_in_the_same_run(
     del workplace.env["TRACKED_FAILPOINT"]
     first.connection.send(lost)
     # The process that writes its checkpoints has ended itself; the training is ended before it notices.
-    message = first.connection.recv()
+    message = first.heard()
     os.kill(first.process.pid, signal.SIGKILL)
     over, reports = start().train(replace(lost, is_new=False))
     delivered(workplace)
@@ -158,24 +164,24 @@ def test_a_trial_killed_before_its_first_checkpoint_begins_anew_in_the_same_run(
     assert isinstance(message, Report | Over)
     assert (over.state, len(reports)) == ("finished", 3)
     assert len(runs(workplace.tracking_uri)) == 1
-    assert only(workplace, over)
+    assert only(workplace, lost)
 
 
 def test_a_pruned_trial_goes_on_when_it_is_asked_to(workplace: Workplace, start: Callable[..., Hand]) -> None:
     hand = start()
     trial, reference = order(0), order(1)
-    whole, _ = hand.train(reference)
+    hand.train(reference)
     hand.train(trial, lambda report: report.epoch == 1)
     again, nothing = hand.train(replace(trial, is_new=False))
-    over, reports = hand.train(replace(trial, is_new=False, goes_on=True))
+    _, reports = hand.train(replace(trial, is_new=False, goes_on_from=1))
     delivered(workplace)
 
     assert (again.state, nothing) == ("pruned", [])
     assert [report.epoch for report in reports] == [2, 3]
-    whole_id = only(workplace, whole)
+    whole_id = only(workplace, reference)
     assert_same_training(
         workplace.tracking_uri,
-        only(workplace, over),
+        only(workplace, trial),
         (curves(workplace.tracking_uri, whole_id), state(workplace.tracking_uri, whole_id)),
     )
 
@@ -187,11 +193,11 @@ def test_a_worker_that_is_left_alone_or_asked_to_leave_pauses_its_trial(
     hand = start()
     trial = order(0, pause=0.05)
     hand.connection.send(trial)
-    assert isinstance(hand.connection.recv(), Report)
+    assert isinstance(hand.heard(), Report)
     if how == "asked":
         hand.connection.send(Leave("asked to"))
         hand.connection.send(Verdict(ends=False))
-        over = hand.connection.recv()
+        over = hand.heard()
         assert over.state == "paused"
     hand.close()
     delivered(workplace)
@@ -201,3 +207,58 @@ def test_a_worker_that_is_left_alone_or_asked_to_leave_pauses_its_trial(
     assert run.data.tags["tracked.state"] == "paused"
     later, _ = start().train(replace(trial, is_new=False))
     assert (later.state, later.epochs) == ("finished", 3)
+
+
+def test_an_evaluation_that_nobody_answered_is_reported_again(
+    workplace: Workplace, start: Callable[..., Hand]
+) -> None:
+    hand, trial = start(), order(0)
+    hand.connection.send(trial)
+    unanswered = hand.heard()
+    hand.close()
+    over, reports = start().train(replace(trial, is_new=False), lambda report: report.epoch == 1)
+    delivered(workplace)
+
+    assert reports == [unanswered]
+    assert (over.state, over.epochs) == ("pruned", 1)
+    (run,) = runs(workplace.tracking_uri)
+    assert run.data.tags["tracked.stop_reason"].startswith("pruned in epoch 1:")
+
+
+def test_a_worker_that_was_asked_to_leave_begins_no_trial_any_more(
+    workplace: Workplace, start: Callable[..., Hand]
+) -> None:
+    hand = start()
+    assert isinstance(hand.connection.recv(), Ready)
+    hand.connection.send(Leave("asked to"))
+    over, reports = hand.train(order(0))
+    delivered(workplace)
+
+    assert (over.state, reports) == ("paused", [])
+    assert runs(workplace.tracking_uri) == []
+
+
+def test_a_trial_that_cannot_go_on_has_failed_whatever_its_run_was(
+    workplace: Workplace, start: Callable[..., Hand]
+) -> None:
+    hand, trial = start(), order(0, pause=0.05)
+    hand.connection.send(trial)
+    assert isinstance(hand.heard(), Report)
+    hand.close()
+    workplace.experiment(EXPERIMENT.replace("(4, 4)", "(4, 5)").replace("(4, 1)", "(5, 1)"))
+    over, _ = start().train(replace(trial, is_new=False))
+
+    assert over.state == "failed"
+    assert "StateMismatch" in over.reason
+
+
+def test_the_writing_process_serves_one_trial_after_another(
+    workplace: Workplace, start: Callable[..., Hand]
+) -> None:
+    hand = start()
+    hand.train(order(0))
+    before = {child.pid for child in psutil.Process(hand.process.pid).children()}
+    hand.train(order(1))
+    after = {child.pid for child in psutil.Process(hand.process.pid).children()}
+
+    assert before & after

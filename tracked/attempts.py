@@ -68,6 +68,7 @@ def begin(
     tags: Mapping[str, str],
     params: dict[str, Any],
     handle: str | None = None,
+    may_exist: bool = False,
 ) -> Attempt:
     """A new run, known by a local handle until the server has given it an ID.
 
@@ -78,6 +79,7 @@ def begin(
         tags: That the run has from the start.
         params: Flat hyperparameters.
         handle: A UUID that nobody has begun a run with; a new one by default.
+        may_exist: Whether another machine may have begun it all the same; the server is asked before it makes one.
 
     Raises:
         ParamError: A name that MLflow refuses.
@@ -99,6 +101,7 @@ def begin(
         "tags": {**tags, **_running(1)},
         "attempt": 1,
         "nonce": nonce,
+        "may_exist": may_exist,
     }
     return Attempt(outbox, place.tracking_uri, folder, lock, 1, nonce, start, params)
 
@@ -113,7 +116,7 @@ def begin_or_take_over(
     tags: Mapping[str, str],
     params: dict[str, Any],
     before_claim: Callable[[RunView], None] = lambda _: None,
-) -> Attempt:
+) -> tuple[Attempt, RunView]:
     """The next attempt of the run with this handle, whatever became of those before, if there were any.
 
     It goes on from the last checkpoint; where the run has none, or is not even on the server, it begins. Arguments
@@ -141,8 +144,7 @@ def begin_or_take_over(
         )
         # Nobody's yet: whoever claims it first has it, without watching for a heartbeat that cannot come.
         ask(lambda: server.set_status(created.run_id, "FAILED"))
-    attempt, _ = take_over(place, handle, say, before_claim=before_claim, patience=math.inf, anew=params)
-    return attempt
+    return take_over(place, handle, say, before_claim=before_claim, patience=math.inf, anew=params)
 
 
 def rehearse(root: Path, params: dict[str, Any], restored: dict[str, Any] | None = None) -> Attempt:

@@ -116,10 +116,14 @@ class _Slot:
             self.size = size
         return self.tensor
 
-    def free(self) -> None:
+    def empty(self) -> None:
         """Give the memory back."""
         self.tensor = torch.empty(0, dtype=torch.uint8)
         self.size = 0
+        os.ftruncate(self.fd, 0)
+
+    def close(self) -> None:
+        self.empty()
         os.close(self.fd)
 
 
@@ -138,6 +142,96 @@ def _copy(storages: list[tuple[str, torch.UntypedStorage]], slot: _Slot) -> list
     return layout
 
 
+class _Scribe:
+    """The process that writes checkpoints, and the memory that it shares with this one."""
+
+    def __init__(self) -> None:
+        self.slots = (_Slot(), _Slot())
+        self.process: subprocess.Popen[bytes] | None = None
+        self._jobs = 0
+        with contextlib.suppress(OSError):  # told of when a checkpoint is to be written
+            self._start()
+
+    def write(self, snapshot: Snapshot) -> dict[str, Any]:
+        """Have a snapshot written; its manifest.
+
+        Raises:
+            OSError: It cannot be.
+        """
+        try:
+            answer = self._ask(snapshot)
+        except BrokenPipeError:
+            # The process was killed; what it was to write is still here.
+            self.stop()
+            answer = self._ask(snapshot)
+        if "error" in answer:
+            raise OSError(answer["error"])
+        manifest: dict[str, Any] = answer["manifest"]
+        return manifest
+
+    def _ask(self, snapshot: Snapshot) -> dict[str, Any]:
+        process = self.process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._jobs += 1
+        job = json.dumps(
+            {
+                "job": self._jobs,
+                "slot": snapshot.slot,
+                "folder": str(snapshot.folder),
+                "storages": snapshot.storages,
+                "manifest": snapshot.manifest,
+            }
+        ).encode()
+        process.stdin.write(HEADER.pack(len(job), len(snapshot.pickled)) + job + snapshot.pickled)
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise BrokenPipeError("the process that writes checkpoints was killed")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        fds = [slot.fd for slot in self.slots]
+        self.process = children.start(
+            [sys.executable, "-m", "tracked.archive", *map(str, fds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=fds,
+            start_new_session=True,  # a Ctrl-C on the terminal must not take it away from the training
+        )
+        return self.process
+
+    def stop(self) -> None:
+        """End the process; the memory stays."""
+        if self.process is not None:
+            assert self.process.stdin is not None
+            assert self.process.stdout is not None
+            with contextlib.suppress(OSError):
+                # Closing alone is no end: workers forked since then hold the pipe open too.
+                self.process.stdin.write(HEADER.pack(0, 0))
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+            self.process.stdout.close()
+            self.process.wait()
+            self.process = None
+
+    def close(self) -> None:
+        self.stop()
+        for slot in self.slots:
+            slot.close()
+
+
+_spare: list[_Scribe] = []
+_keeps = False
+
+
+def keep_process() -> None:
+    """Have the writing process of one training write for the next one too: for a process of many short ones."""
+    global _keeps  # noqa: PLW0603 - a decision of the whole process
+    _keeps = True
+
+
 class Writer:
     """Takes snapshots and has them written beside the training.
 
@@ -151,14 +245,10 @@ class Writer:
     ) -> None:
         self._on_written = on_written
         self._on_failed = on_failed
-        self._slots = (_Slot(), _Slot())
         self._changed = threading.Condition()
         self._writing: Snapshot | None = None
         self._waiting: Snapshot | None = None
-        self._jobs = 0
-        self._process: subprocess.Popen[bytes] | None = None
-        with contextlib.suppress(OSError):  # told of when a checkpoint is to be written
-            self._start_process()  # so early that its start falls into no step
+        self.scribe = _spare.pop() if _spare else _Scribe()  # so early that its start falls into no step
         self._closed = False
         # So early as well: a thread that has just begun keeps the one that began it waiting.
         self._thread = threading.Thread(target=self._run, name="tracked-checkpoints", daemon=True)
@@ -202,7 +292,7 @@ class Writer:
             self._waiting = None
             slot = 1 - self._writing.slot if self._writing else 0
         try:
-            layout = _copy(list(pickler.storages.values()), self._slots[slot])
+            layout = _copy(list(pickler.storages.values()), self.scribe.slots[slot])
         except OSError as error:  # no memory for it
             self._on_failed(error.strerror or str(error))
             return True
@@ -218,15 +308,18 @@ class Writer:
             self._changed.wait_for(lambda: self._waiting is None and self._writing is None)
 
     def close(self) -> None:
-        """Write what was taken, and end the writing process."""
+        """Write what was taken, and let the writing process go."""
         self.drain()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
-        self._stop_process()
-        for slot in self._slots:
-            slot.free()
+        if _keeps and not _spare:
+            for slot in self.scribe.slots:
+                slot.empty()
+            _spare.append(self.scribe)
+        else:
+            self.scribe.close()
 
     def _run(self) -> None:
         while True:
@@ -236,72 +329,14 @@ class Writer:
                     return
                 self._writing, self._waiting = self._waiting, None
             try:
-                self._on_written(self._write(self._writing))
+                self._on_written(self.scribe.write(self._writing))
             except OSError as error:
-                self._stop_process()
+                self.scribe.stop()
                 self._on_failed(str(error))
             finally:
                 with self._changed:
                     self._writing = None
                     self._changed.notify_all()
-
-    def _write(self, snapshot: Snapshot) -> dict[str, Any]:
-        try:
-            answer = self._ask(snapshot)
-        except BrokenPipeError:
-            # The process was killed; what it was to write is still here.
-            self._stop_process()
-            answer = self._ask(snapshot)
-        if "error" in answer:
-            raise OSError(answer["error"])
-        manifest: dict[str, Any] = answer["manifest"]
-        return manifest
-
-    def _ask(self, snapshot: Snapshot) -> dict[str, Any]:
-        process = self._process or self._start_process()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._jobs += 1
-        job = json.dumps(
-            {
-                "job": self._jobs,
-                "slot": snapshot.slot,
-                "folder": str(snapshot.folder),
-                "storages": snapshot.storages,
-                "manifest": snapshot.manifest,
-            }
-        ).encode()
-        process.stdin.write(HEADER.pack(len(job), len(snapshot.pickled)) + job + snapshot.pickled)
-        process.stdin.flush()
-        line = process.stdout.readline()
-        if not line.endswith(b"\n"):
-            raise BrokenPipeError("the process that writes checkpoints was killed")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def _start_process(self) -> subprocess.Popen[bytes]:
-        fds = [slot.fd for slot in self._slots]
-        self._process = children.start(
-            [sys.executable, "-m", "tracked.archive", *map(str, fds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=fds,
-            start_new_session=True,  # a Ctrl-C on the terminal must not take it away from the training
-        )
-        return self._process
-
-    def _stop_process(self) -> None:
-        if self._process is not None:
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            with contextlib.suppress(OSError):
-                # Closing alone is no end: workers forked since then hold the pipe open too.
-                self._process.stdin.write(HEADER.pack(0, 0))
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
-            self._process.stdout.close()
-            self._process.wait()
-            self._process = None
 
 
 def check_loadable(state: Any) -> None:

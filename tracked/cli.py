@@ -155,27 +155,39 @@ _how = _options(
     _as_json,
     _where,
 )
+_FROM_1 = click.IntRange(min=1)
 _budget = _options(
     click.option(
-        "--trials", type=int, metavar="N", help="Of a sweep: to train in all, by all that take part (20)."
+        "--trials", type=_FROM_1, metavar="N", help="Of a sweep: to train in all, by all that take part (20)."
     ),
-    click.option("--workers", type=int, metavar="N", help="Of a sweep: processes on this machine (1)."),
+    click.option("--workers", type=_FROM_1, metavar="N", help="Of a sweep: processes on this machine (1)."),
     click.option(
         "--storage",
         metavar="URL",
         help="Of a sweep: a database, such as postgresql+psycopg://… (else a file).",
     ),
     click.option(
-        "--timeout", "seconds", type=float, metavar="S", help="Of a sweep: no new trial after S seconds."
+        "--timeout",
+        "seconds",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="S",
+        help="Of a sweep: no new trial after S seconds.",
     ),
     click.option(
-        "--max-epochs-total", "max_epochs", type=int, metavar="N", help="Of a sweep: so many epochs in all."
+        "--max-epochs-total",
+        "max_epochs",
+        type=_FROM_1,
+        metavar="N",
+        help="Of a sweep: so many epochs in all.",
     ),
     click.option(
-        "--max-retries", type=int, metavar="K", help="Of a sweep: go on with a trial that died so often (3)."
+        "--max-retries",
+        type=click.IntRange(min=0),
+        metavar="K",
+        help="Of a sweep: go on with a trial that died so often (3).",
     ),
-    click.option("--top", type=int, metavar="K", help="Of a sweep: train the K best to --extend-epochs."),
-    click.option("--extend-epochs", type=int, metavar="N", help="How far --top trains, in all."),
+    click.option("--top", type=_FROM_1, metavar="K", help="Of a sweep: train the K best to --extend-epochs."),
+    click.option("--extend-epochs", type=_FROM_1, metavar="N", help="How far --top trains, in all."),
 )
 _LOOP_NAMES = [
     "epochs",
@@ -399,6 +411,11 @@ def resume(run: str, overrides: tuple[str, ...], *, as_json: bool, **options: An
         try:
             return training.resume(run, request)
         except training.IsSweep as found:
+            if overrides:
+                raise UsageError(
+                    f"run {run} is a sweep's, whose trials have their params: {' '.join(overrides)} changes none",
+                    try_next="a new sweep",
+                ) from None
             _sweep(given, as_json=as_json, view=found.view)
 
     _carry_out(work, request, as_json=as_json)
@@ -484,6 +501,11 @@ def _sweep(options: dict[str, Any], *, as_json: bool, view: RunView | None = Non
     except KeyboardInterrupt:
         _note("interrupted twice: left at once; `resume` goes on from the last checkpoints")
         sys.exit(130)
+    except TrackedError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the experiment file's own: theirs to see, whole
+        traceback.print_exception(_without_our_frames(error))
+        sys.exit(FAILED)
     _note(ranking(found.trials, metric=found.metric, mode=found.mode, limit=10))
     if as_json:
         best = found.best

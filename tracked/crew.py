@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 from tracked import children
-from tracked.worker import COMMAND, Leave, Order, Over, Report, Setup, Verdict
+from tracked.worker import COMMAND, Begun, Leave, Order, Over, Ready, Report, Setup, Verdict
+
+Message = Ready | Begun | Report | Over
 
 
 @dataclass
@@ -23,6 +25,18 @@ class Hand:
     process: subprocess.Popen[bytes]
     connection: Connection
     order: Order | None = None
+    is_ready: bool = False
+    """Whether it has loaded the experiment."""
+    has_begun: bool = False
+    """Whether its trial has a run, and trains."""
+
+    @property
+    def is_free(self) -> bool:
+        return self.is_ready and self.order is None
+
+    @property
+    def is_gone(self) -> bool:
+        return self.connection.closed
 
     def tell(self, message: Order | Verdict | Leave) -> bool:
         """Send it a message; whether it was there to take it."""
@@ -47,41 +61,62 @@ class Crew:
         self.hands: list[Hand] = []
 
     def start(self) -> None:
+        """Start them all."""
         self.hands = [self._start(number) for number in range(self._count)]
+
+    @property
+    def is_free(self) -> bool:
+        """Whether somebody could begin a trial."""
+        return any(hand.is_free for hand in self.hands)
 
     @property
     def numbers(self) -> set[int]:
         """Of the trials that are being trained."""
         return {hand.order.number for hand in self.hands if hand.order}
 
-    def messages(self, timeout: float) -> Iterator[tuple[Hand, Report | Over | None]]:
+    def messages(self, timeout: float) -> Iterator[tuple[Hand, Message | None]]:
         """What has come within `timeout` seconds; None from a worker that has died."""
-        ready = wait([hand.connection for hand in self.hands], timeout)
-        for hand in [each for each in self.hands if each.connection in ready]:
-            try:
-                yield hand, hand.connection.recv()
-            except (EOFError, OSError):
+        spoke = wait([hand.connection for hand in self.hands if not hand.is_gone], timeout)
+        for hand in [*self.hands]:
+            if hand.connection in spoke:
+                try:
+                    yield hand, hand.connection.recv()
+                except (EOFError, OSError):
+                    yield hand, None
+            elif not hand.is_gone and hand.process.poll() is not None:
+                # Without an end of file: processes that it had forked hold the connection open.
                 yield hand, None
 
-    def replace(self, hand: Hand) -> int:
-        """Put another process in the place of one that has died; the status that it died with."""
+    def bury(self, hand: Hand) -> int:
+        """Let go of a worker that has died; the status that it died with."""
         hand.connection.close()
-        status = hand.process.wait()
+        hand.is_ready = False
+        return hand.process.wait()
+
+    def replace(self, hand: Hand) -> None:
+        """Put another process in the place of one that has died."""
         index = self.hands.index(hand)
         self.hands[index] = self._start(index)
-        return status
 
-    def leave(self, reason: str) -> None:
-        """Have every running trial take a checkpoint and pause."""
+    def leave(self, reason: str, *, but: Hand | None = None) -> None:
+        """Have every running trial, `but` that of one worker, take a checkpoint and pause.
+
+        What has not begun is cut off: it may wait for a server, or import for minutes, and has trained nothing.
+        """
         for hand in self.hands:
-            hand.tell(Leave(reason))
+            if hand is but:
+                continue
+            if hand.order is not None and not hand.has_begun:
+                hand.process.kill()
+            else:
+                hand.tell(Leave(reason))
 
     def kill(self) -> None:
         for hand in self.hands:
             hand.process.kill()
 
     def end(self, *, at_once: bool = False) -> None:
-        """Let the processes go; a trial that one still trains is paused, or with `at_once` cut off."""
+        """Let the processes go, each when it trains nothing any more; with `at_once`, what they train is paused."""
         for hand in self.hands:
             hand.connection.close()
         for hand in self.hands:

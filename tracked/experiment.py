@@ -181,6 +181,16 @@ class Task:
             sound = isinstance(listed, Sequence) and listed and all(isinstance(each, str) for each in listed)
             _need(sound, f"unfreeze[{epoch}]", names, "a name or pattern, or a list of them")
 
+    def judged_by(
+        self, monitor: str | None, mode: Literal["min", "max"] | None
+    ) -> tuple[str, Literal["min", "max"]]:
+        """The monitored metric and its mode, where a user has named one or both.
+
+        `mode` of this task is that of its own metric: of another one, smaller values are better unless it is said.
+        """
+        own = self.mode if monitor in (None, self.monitor) else "min"
+        return monitor or self.monitor, mode or own
+
 
 def _need(sound: object, name: str, found: object, expected: str) -> None:
     if not sound:

@@ -55,9 +55,8 @@ def fit(task: Task, run: Run) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=task.precision == "fp16")
     window_loss = _Mean()
     if task.val_data is not None or task.monitor.startswith("train/"):
-        settings = replace(
-            settings, monitor=settings.monitor or task.monitor, mode=settings.mode or task.mode
-        )
+        monitor, mode = task.judged_by(settings.monitor, settings.mode)
+        settings = replace(settings, monitor=monitor, mode=mode)
     _check_monitor(task, settings.monitor)
     if settings.epochs is None and settings.max_steps is None:
         settings = replace(settings, epochs=DEFAULT_EPOCHS)

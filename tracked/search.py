@@ -44,6 +44,8 @@ Direction: TypeAlias = Literal["minimize", "maximize"]
 PROMOTED_FROM = "promoted_from"
 # A user attribute of every trial: its run, which a promoted trial shares with the one that it goes on with.
 RUN = "run"
+# A user attribute of a trial that counts for nothing: another machine was quicker.
+LOST = "lost"
 
 
 def direction_of(study: optuna.Study) -> Direction:
@@ -164,9 +166,9 @@ class QuasiRandom(optuna.samplers.QMCSampler):
 
 
 def _count_before(study: optuna.Study, trial: FrozenTrial) -> int:
-    """How many trials before this one were given params, and did not take those of the trial they go on with."""
+    """How many trials before this one were given params that nobody else has."""
     earlier = (other for other in study.get_trials(deepcopy=False) if other.number < trial.number)
-    return trial.number - sum(PROMOTED_FROM in other.user_attrs for other in earlier)
+    return trial.number - sum(not {PROMOTED_FROM, LOST}.isdisjoint(other.user_attrs) for other in earlier)
 
 
 _SAMPLER_OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
@@ -371,6 +373,8 @@ def _runs(trials: Sequence[FrozenTrial]) -> list[_Run]:
     """In order of their first trials."""
     grouped: dict[object, list[FrozenTrial]] = {}
     for trial in sorted(trials, key=lambda trial: trial.number):
+        if LOST in trial.user_attrs:
+            continue
         grouped.setdefault(trial.user_attrs.get(RUN, trial.number), []).append(trial)
     runs = []
     for group in grouped.values():

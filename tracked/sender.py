@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from tracked.server import RunView, Server
 
 POINTS_IN_A_REQUEST = 1000
+FACTS_IN_A_REQUEST = 100
 POLL_SECONDS = 0.05
 GATHER_SECONDS = 1.0
 REQUEST_SECONDS = 5.0
@@ -192,7 +193,7 @@ class Delivery:
                 self.server.set_tags(view.run_id, self._start["tags"])
                 self._drop_tags(view, STOP_REASON)
         else:
-            tried = self.run.about.get("creating", False)
+            tried = self.run.about.get("creating", False) or self._start.get("may_exist", False)
             self.tell(creating=True, handle=self.run.handle)
             view = self.server.create_run(
                 experiment=self._start["experiment"],
@@ -285,6 +286,7 @@ class Delivery:
         if not self.is_open():
             return False
         batch: list[dict[str, Any]] = []
+        facts: dict[str, dict[str, str]] = {"params": {}, "tags": {}}
         count = 0
         end = self.reader.cursor("points")
         for record in self.reader.records("points"):
@@ -293,22 +295,33 @@ class Delivery:
                     break
                 batch.append(record.body)
                 count += record.body["count"]
-            elif record.kind in ("params", "tags", "damaged"):
-                if batch:
+            elif record.kind in facts:
+                if not self._go_together(record.kind, facts[record.kind], record.body):
                     break
-                self._send_facts(record.kind, record.body)
-                self.reader.acknowledge("points", record.end)
-                return True
+                facts[record.kind] |= record.body
+            elif record.kind == "damaged":
+                if end != self.reader.cursor("points"):
+                    break
+                self._reject(
+                    "journal",
+                    record.body,
+                    ServerError("part of the journal is damaged and could not be read"),
+                )
             end = record.end
         else:
-            if batch and record.kind in ("points", "picture") and not self._is_time():
+            if (
+                batch
+                and not any(facts.values())
+                and record.kind in ("points", "picture")
+                and not self._is_time()
+            ):
                 return False
         if end == self.reader.cursor("points"):
             return False
-        if batch:
+        if batch or any(facts.values()):
             # What a slow server could not store in time, it could never, if as much came again.
             self._points_at_once = max(1, count // 2)
-            self._send_batch([point for body in batch for point in unpack(body)])
+            self._send([point for body in batch for point in unpack(body)], **facts)
             self._points_at_once = POINTS_IN_A_REQUEST
             self._sent_points = time.monotonic()
             reach("sender.before-acknowledge")
@@ -316,36 +329,36 @@ class Delivery:
         self.tell(points=self.reader.acknowledged, trouble="")
         return True
 
+    def _go_together(self, kind: str, gathered: dict[str, str], more: dict[str, str]) -> bool:
+        """Whether facts fit into the request; a second value of a param is a mistake that stands by itself."""
+        differ = kind == "params" and any(gathered.get(name, value) != value for name, value in more.items())
+        return not gathered or (len({*gathered, *more}) <= FACTS_IN_A_REQUEST and not differ)
+
     def _is_time(self) -> bool:
         """Whether fewer points than fit are worth a request: full ones disturb a training beside the server least."""
         return time.monotonic() - self._sent_points >= GATHER_SECONDS or not self.reader.is_written()
 
-    def _send_batch(self, points: Sequence[Point]) -> None:
+    def _send(self, points: Sequence[Point], params: dict[str, str], tags: dict[str, str]) -> None:
+        """Send all of it; what the server finds invalid is found by halves, and left out."""
         assert self.view is not None
         try:
-            self.server.log_points(self.view.run_id, points)
+            self.server.log(self.view.run_id, points, params, tags)
         except RecordRejected as error:
-            if len(points) == 1:
-                self._reject("point", list(points[0]), error)
+            items: list[tuple[str, Any]] = [
+                *(("point", point) for point in points),
+                *(("params", item) for item in params.items()),
+                *(("tags", item) for item in tags.items()),
+            ]
+            if len(items) == 1:
+                kind, item = items[0]
+                self._reject(kind, list(item) if kind == "point" else dict([item]), error)
                 return
-            middle = len(points) // 2
-            self._send_batch(points[:middle])
-            self._send_batch(points[middle:])
-
-    def _send_facts(self, kind: str, body: dict[str, str]) -> None:
-        assert self.view is not None
-        if kind == "damaged":
-            self._reject("journal", body, ServerError("part of the journal is damaged and could not be read"))
-            return
-        send = self.server.log_params if kind == "params" else self.server.set_tags
-        try:
-            send(self.view.run_id, body)
-        except RecordRejected as error:
-            if len(body) == 1:
-                self._reject(kind, body, error)
-                return
-            for name, value in body.items():
-                self._send_facts(kind, {name: value})
+            for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+                self._send(
+                    [item for kind, item in half if kind == "point"],
+                    dict(item for kind, item in half if kind == "params"),
+                    dict(item for kind, item in half if kind == "tags"),
+                )
 
     def _reject(self, kind: str, body: Any, error: Exception) -> None:
         with (self.run.path / "rejected.jsonl").open("a") as file:

@@ -249,6 +249,29 @@ class Server:
 
     # Values
 
+    def log(
+        self, run_id: str, points: Sequence[Point], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        """Write all of it, in one transaction and one request where that holds so much.
+
+        Raises:
+            RecordRejected: at least one of them can never be stored, or a param has another value already.
+            NoSuchRun: the server does not have the run.
+        """
+        chunks = [*_chunks(params.items())], [*_chunks(tags.items())]
+        if max(map(len, chunks)) > 1 or len(points) + len(params) + len(tags) > _POINTS_A_REQUEST:
+            self.log_points(run_id, points)
+            self.log_params(run_id, params)
+            self.set_tags(run_id, tags)
+            return
+        with self._writing(run_id):
+            self._store.log_batch(
+                run_id,
+                [Metric(key, stored(value), timestamp, step) for key, step, timestamp, value in points],
+                [Param(key, value) for key, value in params.items()],
+                [RunTag(key, value) for key, value in tags.items()],
+            )
+
     def log_points(self, run_id: str, points: Sequence[Point]) -> None:
         """Write points, up to 1000 of them in one transaction. A point written again adds nothing.
 

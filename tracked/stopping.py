@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Verdict = Literal["go on", "patience", "pruned", "nan"]
-Pruner = Callable[[int, int, float], bool]
-"""Whether a trial is to end: told completed steps, completed epochs, and the monitored value there."""
+Pruner = Callable[[int, int, float], bool | None]
+"""Whether a trial is to end, or None where nobody says: told completed steps, completed epochs, the monitored value."""
 
 
 @dataclass
@@ -31,7 +31,8 @@ class Stopping:
     waited: int = 0
     judged_step: int = -1
     pruner: Pruner | None = None
-    is_pruned: bool = False
+    pruned_in: int | None = None
+    unanswered: tuple[int, int, float] | None = None
 
     def judge(self, step: int, epoch: int, value: float) -> Verdict:
         """Take the monitored value of the evaluation at `step`, in epoch `epoch`; an evaluation is judged once.
@@ -47,15 +48,30 @@ class Stopping:
             self.best, self.best_step, self.waited = value, step, 0
         else:
             self.waited += 1
-        self.is_pruned = self.pruner is not None and self.pruner(step, epoch, value)
+        self._ask((step, epoch, value))
         if self.is_out_of_patience:
             return "patience"
         return "pruned" if self.is_pruned else "go on"
+
+    def ask_again(self) -> None:
+        """Have the pruner answer for an evaluation that it was not there to hear of."""
+        if self.unanswered is not None:
+            self._ask(self.unanswered)
+
+    def _ask(self, evaluation: tuple[int, int, float]) -> None:
+        answer = self.pruner(*evaluation) if self.pruner is not None else False
+        self.pruned_in = evaluation[1] if answer else None
+        self.unanswered = evaluation if answer is None else None
 
     @property
     def is_out_of_patience(self) -> bool:
         """Whether the training is to end, as the last verdict said."""
         return self.patience is not None and self.waited >= self.patience
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the training is to end because others were better; `pruned_in` is the epoch."""
+        return self.pruned_in is not None
 
     def _improves(self, value: float) -> bool:
         if self.best is None:
@@ -69,7 +85,8 @@ class Stopping:
             "best_step": self.best_step,
             "waited": self.waited,
             "judged_step": self.judged_step,
-            "is_pruned": self.is_pruned,
+            "pruned_in": self.pruned_in,
+            "unanswered": self.unanswered,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

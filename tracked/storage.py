@@ -26,7 +26,6 @@ import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -60,18 +59,17 @@ class StudyStorage:
     is_private: bool
     _closing: tuple[Callable[[], object], ...] = ()
 
-    def claim(self, study: optuna.Study) -> optuna.Trial | None:
-        """The next waiting trial of a study, now running and this process's own; None if none waits.
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Turn what the storage may raise at any moment into an error of ours.
 
-        Of several processes that ask at once, one gets it. Unlike `Study.ask`, no new trial is made.
+        Raises:
+            StorageError: It cannot be used any more.
         """
-        for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            try:
-                if self.backend.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):  # noqa: SLF001
-                    return optuna.Trial(study, waiting._trial_id)  # noqa: SLF001
-            except optuna.exceptions.UpdateFinishedTrialError:
-                continue  # another process took it, and is done with it already
-        return None
+        try:
+            yield
+        except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
+            raise _unusable(self.shown, error) from None
 
     def close(self) -> None:
         """Let go of connections and of the file; closing twice is fine."""

@@ -18,21 +18,22 @@ from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tracked.search import PROMOTED_FROM, RUN, direction_of
+from tracked.search import LOST, PROMOTED_FROM, RUN, direction_of
 from tracked.trials import Trial
 from tracked.trials import TrialState as State
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
+# Of a study.
 _RECORD = "tracked"
-_RETRIES, _PRUNED_AT, _EPOCHS, _REASON, _LOST, _UNTIL = (
-    "retries",
-    "pruned_at",
-    "epochs",
-    "reason",
-    "lost",
-    "until",
-)
+_IS_WHOLE = "whole"
+
+# Of a trial.
+_RETRIES = "retries"
+_PRUNED_AT = "pruned_at"
+_EPOCHS = "epochs"
+_REASON = "reason"
+_UNTIL = "until"
 _RUN_ID = "mlflow_run_id"
 _OPTUNAS: dict[State, TrialState] = {
     "running": TrialState.RUNNING,
@@ -97,10 +98,25 @@ class Study:
         """What was kept with the study when it was new, or since."""
         return dict(json.loads(self._study.user_attrs[_RECORD]))
 
+    def record_again(self, record: Mapping[str, Any]) -> None:
+        """Keep another record in the place of the one from before."""
+        self._study.set_user_attr(_RECORD, json.dumps(dict(record)))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether trials may be asked for: it was found empty, and filled with what the runs tell."""
+        return bool(self._study.user_attrs.get(_IS_WHOLE))
+
+    def declare_whole(self) -> None:
+        self._study.set_user_attr(_IS_WHOLE, True)
+
     # -- one trial
 
     def ask(self, most: int | None = None) -> int | None:
-        """A new trial's number; None, if by now there are as many as `most` of whoever asked before."""
+        """A new trial's number; None, if by now there are as many as `most` of whoever asked before.
+
+        It has no params before `reopen`, so that what the user's `suggest` raises is about a trial that is known.
+        """
         expected = len(self._all())
         self._study.sampler = self._method.sampler(expected)
         with _unwarned():
@@ -111,11 +127,9 @@ class Study:
             trial.set_user_attr(RUN, trial.number)
             before = sum(number < trial.number for number in self._counted())
             if most is not None and before >= most:  # another machine has asked at the same moment
-                trial.set_user_attr(_LOST, True)
-                self._study.tell(trial, state=TrialState.FAIL)
+                self._lose(trial)
                 return None
             self._open[trial.number] = trial
-            self._method.suggest(trial)
             return trial.number
 
     def reopen(self, number: int) -> dict[str, Any]:
@@ -124,11 +138,19 @@ class Study:
         with _unwarned():
             return dict(self._method.suggest(trial))
 
-    def promote(self, number: int, *, until: int | None = None) -> None:
-        """Have a trial that has ended go on, with what it has reported; `until` that epoch, if it is further."""
+    def promote(self, number: int, *, until: int | None = None) -> bool:
+        """Have a trial that has ended go on, with what it has reported; whether nobody else was quicker.
+
+        Args:
+            number: Of the trial.
+            until: The last epoch that it is to train, if that is further than for the others.
+        """
         frozen = self._newest(number)
+        if not frozen.state.is_finished():
+            return False
         attributes = {**frozen.user_attrs, PROMOTED_FROM: frozen.number, RUN: number, _UNTIL: until}
-        attributes.pop(_PRUNED_AT, None)
+        for name in (_PRUNED_AT, _REASON):
+            attributes.pop(name, None)
         template = create_trial(
             state=TrialState.RUNNING,
             params=frozen.params,
@@ -138,39 +160,57 @@ class Study:
         )
         self._open.pop(number, None)
         self._study.add_trial(template)
+        rows = [each for each in self._all() if each.user_attrs.get(PROMOTED_FROM) == frozen.number]
+        # Of several machines that had the same thought, the first has it.
+        for late in rows[1:]:
+            if not late.state.is_finished():
+                self._lose(optuna.Trial(self._study, late._trial_id))  # noqa: SLF001
+        return len(rows) == 1
 
-    def goes_on(self, number: int) -> bool:
-        """Whether the run of this trial, which had ended, is to be trained further, and has not ended again."""
+    def _lose(self, trial: optuna.Trial) -> None:
+        """Have a row count for nothing."""
+        trial.set_user_attr(LOST, True)
+        self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+
+    def goes_on_from(self, number: int) -> int | None:
+        """The epoch in which this trial had ended, if it was promoted since; None for any other."""
         attributes = self._newest(number).user_attrs
-        return PROMOTED_FROM in attributes and _PRUNED_AT not in attributes
+        if PROMOTED_FROM not in attributes:
+            return None
+        return _row(number, self._all()[attributes[PROMOTED_FROM]]).epochs
 
     def until(self, number: int) -> int | None:
         """The last epoch of this trial, if it is not that of all."""
         epoch = self._newest(number).user_attrs.get(_UNTIL)
         return None if epoch is None else int(epoch)
 
-    def report(self, number: int, at: int, value: float, *, is_last: bool = False) -> bool:
+    def report(
+        self, number: int, at: int, value: float, *, epochs: int | None = None, is_last: bool = False
+    ) -> bool:
         """Keep an evaluation's value; whether the trial ends with it.
 
-        What was reported before a kill comes again after it, and has the same answer.
+        What was reported before a kill comes again after it: a verdict that ended the trial stands, and where there
+        was none it is sought again. A trial that trains further than the others is compared with nobody.
 
         Args:
             number: Of the trial.
             at: Epoch, or step where evaluations come by steps: trials are compared at equal ones.
             value: The monitored value.
+            epochs: That are trained by then; None if `at` says it.
             is_last: The trial is complete with it, so that nothing is left to be saved by pruning.
         """
         trial = self._trial(number)
         frozen = self._frozen(trial)
-        known = frozen.intermediate_values
-        if at not in known:
+        known, pruned_at = frozen.intermediate_values, frozen.user_attrs.get(_PRUNED_AT)
+        if not frozen.state.is_finished() and at not in known:
             trial.report(value, at)
-        elif at < max(known):
+            if epochs is not None or _EPOCHS in frozen.user_attrs:
+                trial.set_user_attr(_EPOCHS, at if epochs is None else epochs)
+        elif known and at < max(known):
             return False
-        pruned_at = frozen.user_attrs.get(_PRUNED_AT)
         if pruned_at is not None:
             return bool(at >= pruned_at)
-        if is_last:
+        if is_last or frozen.state.is_finished() or frozen.user_attrs.get(_UNTIL) is not None:
             return False
         with _unwarned():
             prunes = bool(trial.should_prune())  # NumPy's, of some pruners
@@ -187,10 +227,13 @@ class Study:
     def tell(
         self, number: int, state: State, value: float | None = None, *, epochs: int = 0, reason: str = ""
     ) -> None:
-        """End a trial; a second time it changes nothing."""
+        """End a trial; a second time it changes nothing. One that fails on its way further keeps its result."""
         trial = self._trial(number)
-        if self._frozen(trial).state.is_finished():
+        frozen = self._frozen(trial)
+        if frozen.state.is_finished():
             return
+        if state == "failed" and value is not None and frozen.user_attrs.get(_UNTIL) is not None:
+            state = "finished"
         trial.set_user_attr(_EPOCHS, epochs)
         if reason:
             trial.set_user_attr(_REASON, reason[:500])
@@ -203,8 +246,10 @@ class Study:
     def count_retry(self, number: int) -> int:
         """How often the trial's process has died, this time included."""
         trial = self._trial(number)
-        count = int(self._frozen(trial).user_attrs.get(_RETRIES, 0)) + 1
-        trial.set_user_attr(_RETRIES, count)
+        frozen = self._frozen(trial)
+        count = int(frozen.user_attrs.get(_RETRIES, 0)) + 1
+        if not frozen.state.is_finished():
+            trial.set_user_attr(_RETRIES, count)
         return count
 
     def identify(self, number: int, run_id: str) -> None:
@@ -249,12 +294,12 @@ class Study:
         return len(self._counted())
 
     def _counted(self) -> list[int]:
-        rows = self._newest_rows()
-        return [number for number, frozen in rows.items() if not frozen.user_attrs.get(_LOST)]
+        return [*self._newest_rows()]
 
     def promotable(self) -> list[int]:
         """Pruned trials that deserve to go on by what the others have reached since, best first."""
-        return [self._root(self._all()[number]) for number in self._method.promotable(self._all())]
+        rows = self._all()
+        return [self._root(rows[number]) for number in self._method.promotable(rows)]
 
     def importances(self) -> dict[str, float]:
         """How much each param matters for the value, in all 1; empty while too few trials have finished."""
@@ -269,21 +314,21 @@ class Study:
             return {}
 
     def rebuild(self, found: Iterable[tuple[Mapping[str, Any], Trial]]) -> int:
-        """Fill an empty study with trials as their runs tell them; how many.
+        """Fill a study with trials as their runs tell them; how many. One that was interrupted in it goes on.
 
         Args:
             found: What `describe` gave, and the row, of each.
         """
         by_number = {int(told["number"]): (told, row) for told, row in found}
-        for number in range(max(by_number, default=-1) + 1):
+        for number in range(len(self._all()), max(by_number, default=-1) + 1):
             if number not in by_number:
-                # Asked for, and gone before anything of it was on the server: nothing was trained.
-                self._study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={_LOST: True}))
+                # Asked for, and gone before anything of it was on the server: it is suggested again when it begins.
+                self._study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={RUN: number}))
                 continue
             told, row = by_number[number]
             self._study.add_trial(
                 create_trial(
-                    state=_OPTUNAS[row.state],
+                    state=_OPTUNAS["failed" if row.state == "finished" and row.value is None else row.state],
                     value=row.value if row.state == "finished" else None,
                     params=dict(told["params"]),
                     distributions={
@@ -304,7 +349,11 @@ class Study:
         return int(frozen.user_attrs.get(RUN, frozen.number))
 
     def _newest_rows(self) -> dict[int, FrozenTrial]:
-        return {self._root(frozen): frozen for frozen in self._all()}
+        return {
+            self._root(frozen): frozen
+            for frozen in self._all()
+            if frozen.state in _STATES and not frozen.user_attrs.get(LOST)
+        }
 
     def _newest(self, number: int) -> FrozenTrial:
         return self._newest_rows()[number]

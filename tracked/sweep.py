@@ -24,10 +24,20 @@ from tracked import experiment as experiments
 from tracked import params, ranking, spool
 from tracked import space as spaces
 from tracked.attempts import Asking
-from tracked.crew import Crew, Hand
+from tracked.crew import Crew, Hand, Message
 from tracked.errors import RunTaken, ServerError, ServerUnavailable, UsageError
 from tracked.experiment import Experiment
-from tracked.names import HANDLE, HEARTBEAT, PARENT, STATE, SWEEP, TRIAL, TRIAL_NUMBER
+from tracked.names import (
+    HANDLE,
+    HEARTBEAT,
+    PARENT,
+    STATE,
+    STOP_REASON,
+    SWEEP,
+    TRIAL,
+    TRIAL_NUMBER,
+    newest_attempt,
+)
 from tracked.sender import watch_seconds
 from tracked.spool import RunFolder
 from tracked.storage import open_storage
@@ -38,7 +48,7 @@ from tracked.training import file_tags
 from tracked.trial_runs import STATES, described, read
 from tracked.trial_runs import children as children_of
 from tracked.trials import Trial, TrialState, best_value
-from tracked.worker import Order, Over, Report, Setup, Verdict
+from tracked.worker import Begun, Order, Over, Ready, Report, Setup, Verdict
 
 if TYPE_CHECKING:
     from tracked.server import RunView, Server
@@ -50,7 +60,7 @@ _LOOK_SECONDS = 1.0
 class Outcome:
     """How a sweep stands when the command ends."""
 
-    state: Literal["finished", "paused", "failed"]
+    state: Literal["finished", "paused", "stopped", "failed"]
     run_id: str
     study_name: str
     metric: str
@@ -73,11 +83,13 @@ def sweep(request: Request) -> Outcome:
     experiment = experiments.load(request.file)
     plan = Plan.make(request, experiment)
     with open_storage(request.storage, default=request.place.spool.parent / "studies.journal") as storage:
-        study = Study(storage.backend, plan.name, plan.mode, plan.method, plan.record)
+        with storage.translated():
+            study = Study(storage.backend, plan.name, plan.mode, plan.method, plan.record)
         plan.check_same(study.record)
-        plan = replace(plan, handle=str(study.record["handle"]))
+        plan = plan.continued(study.record, trials=request.trials)
+        study.record_again(plan.record)
         coordinator = _Coordinator(request, experiment, plan, study)
-        with coordinator.asked_to_leave():
+        with coordinator.asked_to_leave(), storage.translated():
             return coordinator.run()
 
 
@@ -134,9 +146,11 @@ class _Coordinator:
         self._say = request.progress.say
         self._tags = file_tags(experiments.describe(experiment))
         self._outbox = request.place.outbox()
-        setup = Setup(experiment.path, request.place, plan.settings, plan.experiment)
+        is_shared = request.storage is not None
+        setup = Setup(experiment.path, request.place, plan.settings, plan.experiment, is_shared)
         self._crew = Crew(setup, request.workers)
         self._waiting: list[int] = []
+        self._asked: set[int] = set()
         self._overs: list[tuple[Order, Over]] = []
         self._strays: dict[int, tuple[float, float]] = {}
         self._parked: set[int] = set()
@@ -144,39 +158,41 @@ class _Coordinator:
         self._leave = ""
         self._looked = 0.0
         self._asks_again = 0.0
-        self._idle_deaths = 0
+        self._in_vain = 0
+        self._has_news = True
+        self._has_extended = False
         self._parent: Parent | None = None
         self._parent_id = ""
 
     # -- from beginning to end
 
     def run(self) -> Outcome:
-        if self._request.seconds is not None and self._request.seconds <= 0:
-            raise UsageError("--timeout is 0", expected="seconds above 0")
-        is_new = self._study.count() == 0
-        self._open_parent(is_new=is_new and self._request.handle is None and not self._request.study_name)
+        self._open_parent()
         try:
-            if is_new and (count := self._rebuild()):
-                self._say(f"the study was not in its storage: {count} trials are taken from their runs")
+            self._fill_study()
             self._crew.start()
             self._work()
         except BaseException as error:
             self._crew.end(at_once=not isinstance(error, UsageError))
-            if self._parent is not None:
+            if self._parent is not None and isinstance(error, KeyboardInterrupt):
+                self._parent.run.leave_at_once()
+                self._parent.run.finish("paused", "interrupted")
+            elif self._parent is not None:
                 self._parent.run.fail(error)
             raise
         self._crew.end()
         return self._finish()
 
-    def _open_parent(self, *, is_new: bool) -> None:
+    def _open_parent(self) -> None:
         """Begin the parent run, or go on with it; somebody else's is left to them."""
+        is_named = self._request.study_name or self._request.storage or self._request.handle
         try:
             self._parent = Parent(
                 self._request,
                 self._plan,
                 source=self._experiment.path,
                 tags=self._tags,
-                is_new=is_new,
+                is_new=not is_named and not self._study.is_whole,
                 say=self._say,
             )
         except RunTaken as taken:
@@ -188,21 +204,37 @@ class _Coordinator:
         self._parent_id = self._parent.wait_for_id(lambda: bool(self._leave))
         self._say(f"sweep {self._plan.name}: parent run {self._parent_id}  {self._parent.run.url}".rstrip())
 
+    def _fill_study(self) -> None:
+        """See that the study knows all trials there are: where it was empty, from their runs."""
+        while not self._study.is_whole and not self._leave:
+            if self._parent is None:  # whoever has the parent run does it, or dies over it
+                time.sleep(_LOOK_SECONDS)
+                self._open_parent()
+            else:
+                if count := self._rebuild():
+                    self._say(f"the study was not in its storage: {count} trials are taken from their runs")
+                self._study.declare_whole()
+
     def _work(self) -> None:
         while True:
-            self._hand_out()
             self._take_overs()
-            if not self._crew.numbers and (self._leave or not self._lies_ahead()):
-                if self._leave or not self._extend():
+            self._hand_out()
+            self._tell_parent()
+            if not self._crew.numbers and self._leave:
+                return
+            if not self._crew.numbers and self._crew.is_free and not self._lies_ahead():
+                if not self._extend():
                     return
                 continue
             for hand, message in self._crew.messages(timeout=0.2):
                 self._hear(hand, message)
             if self._parent is not None and self._parent.run.leaves_because:
                 self.leave(self._parent.run.leaves_because)
-            self._heed_budget()
-            if self._parent is not None and any(hand.order is None for hand in self._crew.hands):
-                self._parent.tell(self._trials(), self._study.importances)
+
+    def _tell_parent(self) -> None:
+        if self._parent is not None and self._has_news:
+            self._has_news = False
+            self._parent.tell(self._trials(), self._study.importances)
 
     def _lies_ahead(self) -> bool:
         """Whether there is, or may come, something to train."""
@@ -233,13 +265,14 @@ class _Coordinator:
         undelivered = self._wait_for_delivery()
         trials = self._trials()
         running = set(self._study.running())
-        state: Literal["finished", "paused", "failed"] = "finished"
-        if self._leave or running:
-            state = "paused"
+        state: Literal["finished", "paused", "stopped", "failed"] = "finished"
+        if running or (self._leave and not self._is_over_budget()):
+            is_stopped = self._parent is not None and self._parent.run.leaves_as == "stopped"
+            state = "stopped" if is_stopped else "paused"
         elif not any(trial.state == "finished" for trial in trials):
             state = "failed"
         if self._parent is None and not self._leave:
-            self._open_parent(is_new=False)  # whoever had it may be gone
+            self._open_parent()  # whoever had it may be gone
         if self._parent is not None:
             reason = self._leave or self._why_no_more()
             undelivered += self._parent.finish(self._trials(), self._study.importances(), state, reason)
@@ -300,36 +333,57 @@ class _Coordinator:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def leave(self, reason: str) -> None:
-        """Have every running trial take a checkpoint and pause."""
+    def leave(self, reason: str, *, but: Hand | None = None) -> None:
+        """Have every running trial take a checkpoint and pause, `but` that of one worker, which ends by itself."""
         if self._leave:
             return
         self._leave = reason
-        self._crew.leave(reason)
+        self._crew.leave(reason, but=but)
 
     # -- handing out
 
     def _hand_out(self) -> None:
         for hand in self._crew.hands:
-            if hand.order is None and not self._leave and (order := self._next()) is not None:
-                hand.order = order
+            if hand.is_free and not self._leave and (order := self._next()) is not None:
+                hand.order, hand.has_begun = order, False
                 hand.tell(order)  # if it has died meanwhile, its message says so
 
     def _next(self) -> Order | None:
         self._look_for_strays()
-        if self._is_over_budget():
-            return None
-        if self._waiting:
-            return self._order(self._waiting.pop(0), is_new=False)
-        if promotable := [number for number in self._study.promotable() if number not in self._parked]:
-            self._study.promote(promotable[0])
-            return self._order(promotable[0], is_new=False)
-        if self._why_no_more():
-            return None
-        number = self._study.ask(self._most)
-        return None if number is None else self._order(number, is_new=True)
+        while not self._is_over_budget():
+            if (number := self._choose()) is None:
+                return None
+            try:
+                order = self._order(number)
+            except Exception as error:
+                self._tell(number, "failed", reason=f"{type(error).__name__}: {error}")
+                self._in_vain += 1
+                if self._in_vain > self._request.max_retries:
+                    raise UsageError(
+                        f"{self._in_vain} trials in a row could not begin: {error}",
+                        expected="params that the experiment takes",
+                        try_next=f"python -m tracked.run train {self._experiment.path.name}, with such params",
+                    ) from error
+                continue
+            self._in_vain = 0
+            return order
+        return None
 
-    def _order(self, number: int, *, is_new: bool) -> Order:
+    def _choose(self) -> int | None:
+        """The trial that is trained next."""
+        if self._waiting:
+            return self._waiting.pop(0)
+        if self._is_out_of_time:
+            return None
+        for promoted in self._study.promotable():
+            if promoted not in self._parked and self._study.promote(promoted):
+                return promoted
+        number = None if self._why_no_more() else self._study.ask(self._most)
+        if number is not None:
+            self._asked.add(number)
+        return number
+
+    def _order(self, number: int) -> Order:
         suggested = self._study.reopen(number)
         words = [*self._plan.fixed, *spaces.as_words(suggested)]
         values = params.flatten(self._experiment.make_params(words))
@@ -339,16 +393,17 @@ class _Coordinator:
             TRIAL: self._study.describe(number),
             TRIAL_NUMBER: str(number),
         }
-        name = f"{self._plan.name}-{number}"
+        is_new = number in self._asked
+        self._asked.discard(number)
         return Order(
             number,
             self._handle_of(number),
             values,
             tags,
-            name,
+            f"{self._plan.name}-{number}",
             is_new,
             self._study.until(number),
-            self._study.goes_on(number),
+            self._study.goes_on_from(number),
         )
 
     def _handle_of(self, number: int) -> str:
@@ -359,9 +414,7 @@ class _Coordinator:
         """Why no trial is begun any more; empty while there is something to begin."""
         if self._most is not None and self._study.count() >= self._most:
             return f"{self._most} trials"
-        if self._request.seconds is not None and time.monotonic() - self._began >= self._request.seconds:
-            return f"{self._request.seconds:g} s"
-        return ""
+        return f"{self._request.seconds:g} s" if self._is_out_of_time else ""
 
     @property
     def _most(self) -> int | None:
@@ -369,13 +422,14 @@ class _Coordinator:
         grid = spaces.grid_size(self._plan.space) if self._request.sampler == "grid" else None
         return min((each for each in (self._plan.record["trials"], grid) if each is not None), default=None)
 
+    @property
+    def _is_out_of_time(self) -> bool:
+        seconds = self._request.seconds
+        return seconds is not None and time.monotonic() - self._began >= seconds
+
     def _is_over_budget(self) -> bool:
         most = self._request.max_epochs
         return most is not None and ranking.epochs_trained(self._study.trials()) >= most
-
-    def _heed_budget(self) -> None:
-        if self._is_over_budget():
-            self.leave(f"{self._request.max_epochs} epochs are used up")
 
     def _look_for_strays(self) -> None:
         """Find trials that run in the study, and that nobody trains."""
@@ -391,20 +445,22 @@ class _Coordinator:
                 self._waiting.append(number)
 
     def _is_stray(self, number: int, began: float) -> bool:
-        """Whether the trial's process is gone: for certain on this machine, by its heartbeat elsewhere."""
+        """Whether the trial's process is gone: for certain where it was on this machine, else by its heartbeat."""
         folder = self._folder(number)
-        if folder.path.exists():
-            return not spool.is_held(folder.lock)
+        if spool.is_held(folder.lock):
+            return False
         try:
             view = self._server.find_by_handle(folder.handle)
         except ServerError:
             return False  # it is asked again
-        if view is None:
-            beat = began
-        elif view.status != "RUNNING":
+        was_here = newest_attempt(view.params)[0] <= folder.about.get("attempt", 0) if view else False
+        if (
+            was_here
+            or (view is not None and view.status != "RUNNING")
+            or (view is None and folder.path.exists())
+        ):
             return True
-        else:
-            beat = float(view.tags.get(HEARTBEAT, 0))
+        beat = began if view is None else float(view.tags.get(HEARTBEAT, 0))
         seen, since = self._strays.get(number, (math.nan, 0.0))
         if beat != seen:
             self._strays[number] = (beat, time.monotonic())
@@ -413,40 +469,55 @@ class _Coordinator:
 
     # -- taking in
 
-    def _hear(self, hand: Hand, message: Report | Over | None) -> None:
+    def _hear(self, hand: Hand, message: Message | None) -> None:
+        match message:
+            case None:
+                self._replace(hand)
+            case Ready():
+                hand.is_ready = True
+            case Begun():
+                hand.has_begun = True
+            case Report():
+                self._judge(hand, message)
+            case Over():
+                assert hand.order is not None
+                self._overs.append((hand.order, message))
+                hand.order = None
+
+    def _judge(self, hand: Hand, report: Report) -> None:
         order = hand.order
-        if message is None:
-            self._replace(hand)
-            return
         assert order is not None
-        if isinstance(message, Over):
-            hand.order = None
-            self._overs.append((order, message))
-            return
-        at = message.epoch if self._plan.unit == "epoch" else message.step
-        ends = self._study.report(order.number, at, message.value, is_last=self._plan.is_last(message, order))
-        self._heed_budget()  # before it goes on
+        at, epochs = (report.epoch, None) if self._plan.unit == "epoch" else (report.step, report.epoch)
+        is_last = self._plan.is_last(report, order)
+        ends = self._study.report(order.number, at, report.value, epochs=epochs, is_last=is_last)
+        if self._is_over_budget():  # before the trial goes on
+            reason = f"{self._request.max_epochs} epochs are used up"
+            self.leave(reason, but=hand if ends or is_last else None)
         hand.tell(Verdict(ends))
 
     def _replace(self, hand: Hand) -> None:
         """Another process for one that has died; its trial goes on, unless it has died too often."""
-        status = self._crew.replace(hand)
-        if order := hand.order:
+        status, order = self._crew.bury(hand), hand.order
+        hand.order = None
+        if self._leave:
+            return
+        if order is not None:
             deaths = self._study.count_retry(order.number)
             self._say(f"trial {order.number}: its process died (status {status})")
             if deaths > self._request.max_retries:
                 reason = f"its process died {deaths} times (status {status})"
-                self._tell(order.number, "failed", reason=reason)
+                self._overs.append((order, Over("failed", reason, is_given_up=True)))
             else:
                 self._waiting.insert(0, order.number)
-        elif not self._leave:
-            self._idle_deaths += 1
-            if self._idle_deaths > self._request.max_retries:
+        elif not hand.is_ready:
+            self._in_vain += 1
+            if self._in_vain > self._request.max_retries:
                 raise UsageError(
-                    f"workers die without a trial (status {status}); see above",
+                    f"workers die before they have a trial (status {status}); see above",
                     expected="processes that can import the experiment",
                     try_next=f"python -m tracked.run train {self._experiment.path.name}",
                 )
+        self._crew.replace(hand)
 
     def _take_overs(self) -> None:
         """Tell the study which trials are over; those whose runs must be read wait for the server, and nobody else."""
@@ -464,6 +535,8 @@ class _Coordinator:
 
     def _take(self, order: Order, over: Over) -> None:
         number = order.number
+        if over.is_given_up:
+            self._mark_failed(number, over.reason)
         if not order.is_new and over.state not in ("taken", "paused"):
             self._fill(number)
         if run_id := self._run_id(number):
@@ -474,6 +547,16 @@ class _Coordinator:
             self._parked.add(number)
         else:
             self._tell(number, STATES[over.state], over)
+        if over.is_usage and not any(trial.reports for trial in self._study.trials()):
+            raise UsageError(over.reason, expected="trials that can be trained", try_next="see above")
+
+    def _mark_failed(self, number: int, reason: str) -> None:
+        """Have the run say that nobody goes on with it, once its own end has arrived: nothing lives that could."""
+        folder = self._folder(number)
+        if folder.journals():
+            raise ServerUnavailable(f"the end of trial {number} is not delivered yet")
+        if (view := self._server.find_by_handle(folder.handle)) is not None:
+            self._server.set_tags(view.run_id, {STATE: "failed", STOP_REASON: reason})
 
     def _fill(self, number: int) -> None:
         """Take evaluations from the trial's run that no coordinator was there to hear."""
@@ -497,6 +580,7 @@ class _Coordinator:
             )
         epochs = (over.epochs if over else 0) or max(trial.reports, default=0)
         self._study.tell(number, state, value, epochs=epochs, reason=reason)
+        self._has_news = True
         shown = f"  {self._plan.metric} {value:.6g}" if value is not None else ""
         given = "  ".join(f"{name}={each}" for name, each in trial.params.items())
         self._say(
@@ -528,13 +612,12 @@ class _Coordinator:
         return self._study.rebuild(found)
 
     def _extend(self) -> bool:
-        """Have the best trials trained further, if that was asked for; whether there is one to train."""
-        if self._request.extend is None:
+        """Have the best trials trained further, once, if that was asked for; whether there is one to train."""
+        if self._request.extend is None or self._has_extended:
             return False
+        self._has_extended = True
         count, epochs = self._request.extend
         best = ranking.ranked(self._study.trials(), self._plan.mode)[:count]
         further = [trial.number for trial in best if trial.epochs < epochs]
-        for number in further:
-            self._study.promote(number, until=epochs)
-        self._waiting += further
+        self._waiting += [number for number in further if self._study.promote(number, until=epochs)]
         return bool(further)

@@ -40,7 +40,6 @@ class Parent:
     ) -> None:
         self._plan = plan
         self._say = say
-        self._told = ""
         self._draws_again = 0.0
         self._drawing: threading.Thread | None = None
         shown = {
@@ -60,7 +59,7 @@ class Parent:
                 params=shown,
             )
         else:
-            attempt = begin_or_take_over(
+            attempt, _ = begin_or_take_over(
                 request.place,
                 plan.handle,
                 say,
@@ -72,9 +71,11 @@ class Parent:
         # On from the last one there: how many trials had ended by then may come again, as some go on.
         self._records = max((max(points, default=0) for points in attempt.replay.values()), default=0)
         self.run = Run(attempt, Settings(**plan.settings), drain_timeout=request.drain_timeout)
-        if attempt.number == 1:
+        if not attempt.replay:  # the first that logs anything
             self.run.log_artifact(source, "source")
-        self.run.log_params({f"loop.{name}": str(value) for name, value in plan.settings.items()})
+            self.run.log_params({f"loop.{name}": str(value) for name, value in plan.settings.items()})
+        else:
+            self.run.set_tags({SWEEP: json.dumps(plan.record)})  # so many trials may be others by now
 
     def wait_for_id(self, is_leaving: Callable[[], bool]) -> str:
         """The run's ID, which the trials' runs name; its handle if it is left before the server answers."""
@@ -87,16 +88,11 @@ class Parent:
         return self.run.id
 
     def tell(self, trials: list[Trial], importance: Callable[[], Mapping[str, float]]) -> None:
-        """Log how the sweep stands where a trial has ended since; draw its pictures now and then."""
+        """Log how the sweep stands; draw its pictures now and then."""
         if not trials:
             return
-        ended = str(
-            [(trial.number, trial.state, trial.value) for trial in trials if trial.state != "running"]
-        )
-        if ended != self._told:
-            self._told = ended
-            self._records += 1
-            self._log(trials, self._records)
+        self._records += 1
+        self._log(trials, self._records)
         is_drawing = self._drawing is not None and self._drawing.is_alive()
         if time.monotonic() > self._draws_again and not is_drawing:
             self._draw(trials, importance())
@@ -112,10 +108,11 @@ class Parent:
 
     def _log(self, trials: list[Trial], step: int) -> None:
         counts = ranking.counts(trials)
+        full = self._plan.epochs or max((trial.epochs for trial in trials), default=0)
         values: dict[str, float] = {
             **{f"trials/{state}": count for state, count in counts.items() if state != "running"},
             "epochs/trained": ranking.epochs_trained(trials),
-            "epochs/without_pruning": ranking.epochs_without_pruning(trials, self._plan.epochs or 0),
+            "epochs/without_pruning": ranking.epochs_without_pruning(trials, full),
         }
         best = ranking.best(trials, self._plan.mode)
         tags = {TRIALS: ", ".join(f"{count} {state}" for state, count in counts.items())}

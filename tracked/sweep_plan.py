@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from tracked import experiment as experiments
 from tracked import params, search
 from tracked import space as spaces
 from tracked.address import redact
-from tracked.errors import UsageError
+from tracked.errors import ParamError, UsageError
 from tracked.experiment import Experiment
 from tracked.pipe import Progress
 from tracked.place import Place
@@ -103,9 +103,7 @@ class Plan:
             request.progress.say(
                 f"the ranges that were typed are searched, not suggest() of {experiment.path.name}"
             )
-        example = spaces.as_words({name: _first(dimension) for name, dimension in space.items()})
-        values = experiment.make_params([*fixed, *example])
-        metric, mode = _monitored(request, experiment, values)
+        metric, mode = _monitored(request, experiment, fixed, space)
         settings = {**request.settings, "monitor": metric, "mode": mode}
         if settings.get("epochs") is None and settings.get("max_steps") is None:
             raise UsageError(
@@ -135,17 +133,21 @@ class Plan:
         )
         method.sampler(0)  # its options are checked before there is anything to undo
         experiment_name = request.experiment_name or experiment.path.stem
-        handle = request.handle or (
-            uuid.uuid5(_FAMILY, f"{experiment_name} {request.study_name}").hex
-            if request.study_name
-            else uuid.uuid4().hex
+        asked = [*words, *map(str, (request.sampler, request.sampler_options, request.pruner)), str(settings)]
+        name = request.study_name
+        if name is None and request.storage is not None:
+            # The same line on another machine, or once more, means the same study.
+            name = f"{experiment.path.stem}-{uuid.uuid5(_FAMILY, ' '.join(asked)).hex[:8]}"
+        handle = (
+            request.handle or (uuid.uuid5(_FAMILY, f"{experiment_name} {name}") if name else uuid.uuid4()).hex
         )
-        name = request.study_name or f"{experiment.path.stem}-{handle[:8]}"
+        name = name or f"{experiment.path.stem}-{handle[:8]}"
         record: dict[str, Any] = {
             "name": name,
             "handle": handle,
             "file": experiments.describe(experiment),
             "words": words,
+            "fixed": fixed,
             "space": spaces.as_json(space) if space else None,
             "settings": settings,
             "storage": request.storage and redact(request.storage),
@@ -156,7 +158,15 @@ class Plan:
             "promote": request.promote,
             "trials": request.trials or (None if request.sampler == "grid" else _TRIALS),
         }
-        unit = Interval.parse(Settings(**settings).eval_every).unit
+        # Where the loop is the user's own, only its steps are counted alike.
+        by_epochs = experiment.build is not None and not metric.startswith("train/")
+        unit = Interval.parse(Settings(**settings).eval_every).unit if by_epochs else "step"
+        if request.extend is not None and settings.get("epochs") is None:
+            raise UsageError(
+                "the best can be trained further by epochs alone, and this sweep counts steps",
+                expected="a sweep with --epochs",
+                try_next="without --top and --extend-epochs",
+            )
         record = json.loads(json.dumps(record))  # as it will be read back
         return cls(name, experiment_name, handle, fixed, space, metric, mode, unit, settings, method, record)
 
@@ -171,9 +181,12 @@ class Plan:
             wrong.append("one space is typed, the other comes from suggest()")
         elif self.space:
             wrong += spaces.differences(spaces.from_json(recorded["space"]), self.space)
-        for name in ("sampler", "sampler_options", "pruner", "pruner_options"):
+        for name in ("fixed", "sampler", "sampler_options", "pruner", "pruner_options"):
             if recorded[name] != self.record[name]:
                 wrong.append(f"{name} was {recorded[name]!r}, and is {self.record[name]!r}")
+        names = [Path(record["file"]["path"]).name for record in (recorded, self.record)]
+        if names[0] != names[1]:
+            wrong.append(f"its experiment was {names[0]}, and is {names[1]}")
         for name in ("monitor", "mode", "seed", "eval_every"):
             was, now = (settings.get(name) for settings in (recorded["settings"], self.settings))
             if was != now:
@@ -184,6 +197,13 @@ class Plan:
                 expected="the same line for the same study",
                 try_next="another --study-name",
             )
+
+    def continued(self, recorded: Mapping[str, Any], *, trials: int | None) -> Plan:
+        """This plan for a study that was begun before: its parent run, and as many trials unless a number is given."""
+        record = {**self.record, "handle": recorded["handle"]}
+        if trials is None:
+            record["trials"] = recorded["trials"]
+        return replace(self, handle=str(recorded["handle"]), record=record)
 
     @property
     def epochs(self) -> int | None:
@@ -196,12 +216,24 @@ class Plan:
         return bool((epochs and report.epoch >= epochs) or (steps and report.step >= steps))
 
 
-def _monitored(request: Request, experiment: Experiment, values: Any) -> tuple[str, Literal["min", "max"]]:
-    """The metric that trials are compared by."""
+def _monitored(
+    request: Request, experiment: Experiment, fixed: list[str], space: spaces.Space
+) -> tuple[str, Literal["min", "max"]]:
+    """The metric that trials are compared by.
+
+    Raises:
+        ParamError: What is fixed cannot be.
+        UsageError: Nothing says it.
+    """
     monitor, mode = request.settings.get("monitor"), request.settings.get("mode")
+    try:
+        values = experiment.make_params(fixed)
+    except ParamError:  # a parameter of the space has no default
+        example = spaces.as_words({name: _first(dimension) for name, dimension in space.items()})
+        values = experiment.make_params([*fixed, *example])
     if experiment.build is not None and (monitor is None or mode is None):
         task = experiment.task(values)
-        monitor, mode = monitor or task.monitor, mode or task.mode
+        monitor, mode = task.judged_by(monitor, mode)
     if monitor is None:
         raise UsageError(
             "it is not said by which metric the trials are compared",

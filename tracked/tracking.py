@@ -182,6 +182,11 @@ class Run:
         return self._leave[1] if self._leave else ""
 
     @property
+    def leaves_as(self) -> str:
+        """The state that the loop was asked to leave with: "paused" or "stopped"; empty if it was not."""
+        return self._leave[0] if self._leave else ""
+
+    @property
     def is_over(self) -> bool:
         """Whether the training has ended, and at most the delivery is waited for."""
         return self._over
@@ -483,7 +488,7 @@ class Run:
                 f"no improvement of {self.settings.monitor} in {self.stopping.waited} evaluations"
             )
         elif self.stopping.is_pruned:
-            self._ends_after_step = f"pruned in epoch {self.epoch}: other trials were better"
+            self._ends_after_step = f"pruned in epoch {self.stopping.pruned_in}: other trials were better"
 
     def log_artifact(self, path: str | Path, directory: str = "") -> None:
         """Have a copy of the file uploaded, as `directory/name` among the run's artifacts.
@@ -692,6 +697,7 @@ class Run:
             self._generators = self._restored["generators"]
             if self.overfitting.said:
                 self.record({OVERFITTING: self.overfitting.said})  # which a run forked from there has not
+            self.stopping.ask_again()
             self._heed_verdict()  # it may have been killed between the last step and its end
             self._restored = None  # as large as the model and the optimizer
             if self._attempt.restored is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +29,7 @@ def children(server: Server, parent: str) -> list[RunView]:
     Raises:
         ServerError: The server does not answer.
     """
-    found = server.search(filter=f"tags.`{PARENT}` = '{parent}'")
+    found = server.search(filter=f"tags.`{PARENT}` = '{parent}'", limit=sys.maxsize)
     return [view for view in found if TRIAL in view.tags]
 
 

@@ -1,7 +1,7 @@
 """A process that trains the trials of a sweep, one after another, as the coordinator hands them out.
 
-It imports torch and the experiment once. Without a coordinator it has nothing to do: when that is gone, the trial
-takes a checkpoint and is paused, and the process ends.
+It imports torch and the experiment once, and says when it is ready. Without a coordinator it has nothing to do: when
+that is gone, the trial takes a checkpoint and is paused, and the process ends.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ import threading
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tracked import experiment as experiments
 from tracked import params
-from tracked.attempts import begin, begin_or_take_over, fetch_best, find_run
+from tracked.attempts import begin, begin_or_take_over, fetch_best
+from tracked.checkpoint import keep_process
 from tracked.deferred_compiler import defer_compiler
-from tracked.errors import RunTaken, TrackedError
+from tracked.errors import RunTaken, TrackedError, UsageError
 from tracked.experiment import Experiment
 from tracked.names import STATE, STOP_REASON
-from tracked.pipe import Attempt, Progress
+from tracked.pipe import Progress
 from tracked.place import Place
 from tracked.schedule import Settings
 from tracked.tracking import Run
 from tracked.training import carry_out, until_over
 from tracked.trial_runs import STATES
+
+if TYPE_CHECKING:
+    from tracked.server import RunView
 
 # Not `-m tracked.worker`: under that name its messages would be of other classes than those that arrive.
 COMMAND = (sys.executable, "-c", "from tracked.worker import main; main()")
@@ -42,6 +46,13 @@ class Setup:
     place: Place
     settings: dict[str, Any]
     experiment_name: str
+    is_shared: bool = False
+    """Whether other machines take part, which may have taken a trial over before it has a run."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The experiment is loaded: trials may come."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,13 @@ class Order:
     """Whether nobody can have begun it: then nothing is looked for."""
     epochs: int | None = None
     """Instead of those of the sweep."""
-    goes_on: bool = False
-    """Whether it has ended, and is to be trained further all the same."""
+    goes_on_from: int | None = None
+    """The epoch in which it had ended, if it is to be trained further all the same."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The trial has its run, and trains: from here on it can be asked to leave."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +94,22 @@ class Verdict:
     """Whether the trial ends with this evaluation."""
 
 
+Ending = Literal["finished", "stopped_early", "pruned", "failed", "stopped", "paused", "taken"]
+"""How a trial ended; "taken" where another process has it."""
+
+
 @dataclass(frozen=True)
 class Over:
-    """How a trial ended; "taken" where another process has it."""
+    """The trial has ended, or is given back."""
 
-    state: Literal["finished", "stopped_early", "pruned", "failed", "stopped", "paused", "taken"]
+    state: Ending
     reason: str = ""
-    run_id: str = ""
-    value: float | None = None
     epochs: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    is_usage: bool = False
+    """Whether it failed by how it was asked for, which would fail every trial."""
+    is_given_up: bool = False
+    """Whether its process has died too often."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +122,9 @@ class Leave:
 class _EndedBefore(TrackedError):
     """The trial had ended when it was looked at."""
 
-    def __init__(self, state: str, reason: str, run_id: str) -> None:
-        super().__init__(f"run {run_id} has {state}")
-        self.over = Over(state, reason, run_id)  # type: ignore[arg-type]
+    def __init__(self, state: Ending, reason: str) -> None:
+        super().__init__(f"the trial has ended: {state}")
+        self.over = Over(state, reason)
 
 
 class Worker:
@@ -134,39 +156,47 @@ class Worker:
 
     def serve(self) -> None:
         defer_compiler()
+        keep_process()
         setup = self._inbox.get()
         if setup is None:
             return
         experiment = experiments.load(setup.file)
         self._about = experiments.describe(experiment)
+        self._send(Ready())
         while (order := self._inbox.get()) is not None:
             if isinstance(order, Order):
-                over = self._train(setup, experiment, order)
-                with contextlib.suppress(OSError):  # nobody is there to hear it; the run tells
-                    self._connection.send(over)
+                self._send(self._train(setup, experiment, order))
+
+    def _send(self, message: Ready | Begun | Over) -> None:
+        with contextlib.suppress(OSError):  # nobody is there to hear it; the run tells
+            self._connection.send(message)
 
     def _train(self, setup: Setup, experiment: Experiment, order: Order) -> Over:
-        self._leave = ""
+        if self._leave:
+            return Over("paused", self._leave)
+        run: Run | None = None
         try:
             run = self._opened(setup, order)
-        except _EndedBefore as ended:
-            return ended.over
-        except RunTaken as taken:
-            return Over("taken", taken.found)
-        try:
             self._run = run
+            self._send(Begun())
             if self._leave:
                 run.request_leave("paused", self._leave)
             with until_over(run):
                 values = params.build(experiment.params_class, order.params)
                 carry_out(experiment, values, run)
+        except _EndedBefore as ended:
+            return ended.over
         except RunTaken as taken:
             return Over("taken", taken.found)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - of one trial: its run has the traceback, the others go on
-            return self._over(run, f"{type(error).__name__}: {error}")
+            if run is None or not isinstance(error, SystemExit) or run.last_state != "finished":
+                reason = f"{type(error).__name__}: {error}"
+                epochs = 0 if run is None else run.epochs_done
+                return Over("failed", reason, epochs, is_usage=isinstance(error, UsageError))
         finally:
             self._run = None
-        return self._over(run)
+        state: Any = run.last_state
+        return Over(state, "", run.epochs_done, run.latest())
 
     def _opened(self, setup: Setup, order: Order) -> Run:
         where: dict[str, Any] = {
@@ -177,39 +207,34 @@ class Worker:
         }
         place = setup.place
         if order.is_new:
-            attempt = begin(place, handle=order.handle, **where)
+            attempt = begin(place, handle=order.handle, may_exist=setup.is_shared, **where)
         else:
-            attempt = begin_or_take_over(
-                place, order.handle, _quiet, before_claim=_ended if not order.goes_on else _anything, **where
+            attempt, view = begin_or_take_over(
+                place, order.handle, _quiet, before_claim=lambda view: _refuse_ended(view, order), **where
             )
+            if setup.settings.get("patience") is not None and attempt.restored is not None:
+                fetch_best(place, view, attempt, _quiet)
         attempt.about = attempt.about or self._about
         settings = Settings(**setup.settings)
         if order.epochs is not None:
             settings = Settings(**{**setup.settings, "epochs": order.epochs})
-        if settings.patience is not None and attempt.restored is not None:
-            _fetch_best(place, attempt, order.handle)
         run = Run(attempt, settings, progress=_Silent(), drain_timeout=0.0)
         run.stopping.pruner = self._ask
         run.draws = False  # half a second each, beside the trainings; the parent shows the curves of all
-        if order.goes_on:
-            run.stopping.is_pruned, run.stopping.waited = False, 0
+        if order.goes_on_from is not None and run.epochs_done <= order.goes_on_from:
+            run.stopping.pruned_in, run.stopping.waited = None, 0
         return run
 
-    def _ask(self, step: int, epoch: int, value: float) -> bool:
+    def _ask(self, step: int, epoch: int, value: float) -> bool | None:
         try:
             self._connection.send(Report(step, epoch, value))
         except OSError:
-            return False  # the listener meets the same end, and has the run leave
+            return None  # the listener meets the same end, and has the run leave
         while not isinstance(answer := self._inbox.get(), Verdict):
             if answer is None:
                 self._inbox.put(None)  # for `serve`
-                return False
+                return None
         return answer.ends
-
-    def _over(self, run: Run, reason: str = "") -> Over:
-        best = run.stopping.best
-        state: Any = run.last_state
-        return Over(state, reason, run.id, best, run.epochs_done, run.latest())
 
 
 class _Silent(Progress):
@@ -224,19 +249,14 @@ def _quiet(_text: str) -> None:
     """A trial's waiting is no news: the sweep shows how many run."""
 
 
-def _anything(_view: Any) -> None:
-    """Any state will do."""
-
-
-def _ended(view: Any) -> None:
-    if (state := view.tags.get(STATE)) in STATES:
-        raise _EndedBefore(state, view.tags.get(STOP_REASON, ""), view.run_id)
-
-
-def _fetch_best(place: Place, attempt: Attempt, handle: str) -> None:
-    from tracked.server import Server
-
-    fetch_best(place, find_run(Server(place.tracking_uri, create=False), handle), attempt, _quiet)
+def _refuse_ended(view: RunView, order: Order) -> None:
+    """Nothing is trained further that has ended, unless it is to go on from there."""
+    state = view.tags.get(STATE, "")
+    if state not in STATES:
+        return
+    epoch = view.latest.get("epoch")
+    if order.goes_on_from is None or (epoch is not None and epoch.value > order.goes_on_from):
+        raise _EndedBefore(cast(Ending, state), view.tags.get(STOP_REASON, ""))
 
 
 def main() -> None:

@@ -1,0 +1,194 @@
+"""A study knows its trials by their runs, counts what they train, and is filled from the runs where it was lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from tracked.search import make_pruner, make_sampler, promotable, suggest
+from tracked.space import Choice, Space
+from tracked.storage import StudyStorage, open_storage
+from tracked.study import Method, Study
+from tracked.trials import Trial
+
+SPACE: Space = {"quality": Choice((0.1, 0.2, 0.3, 0.4))}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[StudyStorage]:
+    with open_storage(None, default=tmp_path / "studies.journal") as storage:
+        yield storage
+
+
+@pytest.fixture
+def opened(storage: StudyStorage) -> Callable[..., Study]:
+    """Opens the study as one machine after another would: a grid, its pruner by name."""
+
+    def opened(pruner: str = "none", *options: str, name: str = "study") -> Study:
+        chosen = make_pruner(pruner, list(options), epochs=9)
+        method = Method(
+            sampler=lambda number: make_sampler("grid", [], seed=0, number=number, space=SPACE),
+            pruner=chosen,
+            suggest=lambda trial: suggest(trial, SPACE),
+            promotable=lambda rows: promotable(rows, chosen, "maximize"),
+        )
+        return Study(storage.backend, name, "max", method, {"name": name})
+
+    return opened
+
+
+def begun(study: Study) -> tuple[int, Mapping[str, Any]]:
+    number = study.ask()
+    assert number is not None
+    return number, study.reopen(number)
+
+
+def by_number(study: Study) -> dict[int, Trial]:
+    return {trial.number: trial for trial in study.trials()}
+
+
+def finished(study: Study, value: float, epochs: int = 3) -> int:
+    number, _ = begun(study)
+    for epoch in range(1, epochs + 1):
+        study.report(number, epoch, value, is_last=epoch == epochs)
+    study.tell(number, "finished", value, epochs=epochs)
+    return number
+
+
+def test_of_two_machines_that_promote_a_trial_at_once_one_does(opened: Callable[..., Study]) -> None:
+    one, two = opened(), opened()
+    number = finished(one, 0.5)
+
+    assert one.promote(number, until=9)
+    assert not two.promote(number, until=9)
+    assert [trial.state for trial in one.trials()] == ["running"]
+    assert one.running().keys() == {number}
+    assert two.count() == 1
+
+
+def test_a_promotion_that_came_late_takes_no_effect(
+    storage: StudyStorage, opened: Callable[..., Study]
+) -> None:
+    study = opened("sha", "reduction_factor=2")
+    number = finished(study, 0.5)
+    study.promote(number)
+    plain = optuna.load_study(study_name="study", storage=storage.backend)
+    rows = plain.get_trials()
+    attributes = {**rows[0].user_attrs, "promoted_from": number, "run": number, "lost": True}
+    plain.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs=attributes))
+
+    assert by_number(study)[number].state == "running"
+    assert study.count() == 1
+    _, params = begun(study)
+    first = by_number(study)[number].params
+    assert params != first, "what was lost took no point of the grid"
+
+
+def test_a_trial_that_is_trained_further_is_compared_with_nobody(opened: Callable[..., Study]) -> None:
+    study = opened("median", "n_startup_trials=0")
+    good, bad = finished(study, 0.9), finished(study, 0.1)
+    study.promote(good, until=9)
+    study.promote(bad, until=9)
+
+    assert not study.report(good, 4, 0.9)
+    assert not study.report(bad, 4, 0.0), "it is not pruned for being worse than the best"
+    assert study.until(bad) == 9
+    assert study.goes_on_from(bad) == 3
+
+
+def test_a_trial_that_fails_on_its_way_further_keeps_its_result(opened: Callable[..., Study]) -> None:
+    study = opened()
+    number = finished(study, 0.9)
+    study.promote(number, until=9)
+    study.report(number, 4, 0.8)
+    study.tell(number, "failed", 0.9, epochs=4, reason="out of memory")
+
+    trial = by_number(study)[number]
+    assert (trial.state, trial.value, trial.epochs) == ("finished", 0.9, 4)
+
+
+def test_epochs_are_counted_where_evaluations_come_by_steps_and_after_a_promotion(
+    opened: Callable[..., Study],
+) -> None:
+    study = opened()
+    by_steps, _ = begun(study)
+    study.report(by_steps, 200, 0.5, epochs=1)
+    study.report(by_steps, 400, 0.5, epochs=2)
+    assert by_number(study)[by_steps].epochs == 2
+
+    number = finished(study, 0.9)
+    study.promote(number, until=9)
+    study.report(number, 4, 0.9)
+    study.report(number, 5, 0.9)
+    assert by_number(study)[number].epochs == 5
+
+
+def test_what_comes_after_the_end_of_a_trial_changes_nothing(opened: Callable[..., Study]) -> None:
+    study = opened()
+    number = finished(study, 0.9)
+    before = by_number(study)[number]
+
+    assert not study.report(number, 4, 0.1)
+    study.fill(number, 5, 0.1)
+    assert study.count_retry(number) == 1
+    study.tell(number, "failed")
+    assert by_number(study)[number] == before
+
+
+def test_what_was_enqueued_elsewhere_is_no_trial_before_it_is_asked_for(
+    storage: StudyStorage, opened: Callable[..., Study]
+) -> None:
+    study = opened()
+    optuna.load_study(study_name="study", storage=storage.backend).enqueue_trial({"quality": 0.3})
+
+    assert study.trials() == []
+    assert begun(study) == (0, {"quality": 0.3})
+
+
+def told(study: Study, number: int) -> tuple[Mapping[str, Any], Trial]:
+    return json.loads(study.describe(number)), by_number(study)[number]
+
+
+def test_a_rebuild_that_is_interrupted_goes_on_and_gives_each_trial_its_number_and_its_point(
+    opened: Callable[..., Study],
+) -> None:
+    study = opened()
+    points = {}
+    for value in (0.1, 0.2, 0.3, 0.4):
+        number, params = begun(study)
+        points[number] = params
+        study.report(number, 1, value)
+        study.tell(number, "finished", value, epochs=1)
+    found = [told(study, number) for number in (0, 1, 3)]  # of 2 nothing had reached the server
+
+    again = opened(name="again")
+    assert again.rebuild(found[:1]) == 1
+    assert not again.is_whole
+    assert again.rebuild(found) == 3
+    again.declare_whole()
+
+    assert opened(name="again").is_whole
+    assert [trial.number for trial in again.trials()] == [0, 1, 2, 3]
+    assert {number: trial.value for number, trial in by_number(again).items()} == {
+        0: 0.1,
+        1: 0.2,
+        2: None,
+        3: 0.4,
+    }
+    assert again.running().keys() == {2}
+    assert again.reopen(2) == points[2], "the point of the grid that nobody has trained"
+
+
+def test_a_finished_run_without_a_value_does_not_stop_a_rebuild(opened: Callable[..., Study]) -> None:
+    study = opened()
+    number = finished(study, 0.9)
+    words, row = told(study, number)
+    again = opened(name="again")
+    again.rebuild([(words, Trial(number, "finished", row.params, {}, None, "run", 3))])
+
+    assert [trial.state for trial in again.trials()] == ["failed"]
