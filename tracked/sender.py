@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -142,6 +143,7 @@ class Delivery:
         self._ended = False
         self._sent_points = time.monotonic()
         self._lease_until = 0.0
+        self._beaten = -math.inf
         self._about_lock = threading.Lock()
         self._is_closed = False
         self._open_lock = threading.Lock()
@@ -269,9 +271,16 @@ class Delivery:
         return True
 
     def beat(self) -> None:
-        """Renew the lease, tell the server that the run is alive, fetch a person's command."""
-        if self.view is None or self.superseded or self._ended or not self._renew():
+        """Renew the lease, tell the server that the run is alive, fetch a person's command.
+
+        Where the training is over and its last records wait, only as often as keeps newcomers away: there may be many.
+        """
+        if self.view is None or self.superseded or self._ended:
             return
+        rests = time.monotonic() - self._beaten < lease_seconds() and not self.reader.is_written()
+        if rests or not self._renew():
+            return
+        self._beaten = time.monotonic()
         self.tell(command=self.view.tags.get(COMMAND, ""))
         self.server.set_tags(self.view.run_id, {HEARTBEAT: str(int(time.time() * 1000))})
 

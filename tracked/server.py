@@ -112,7 +112,7 @@ class Server:
         self._http = None if self._database else _Http(self.uri, timeout)
         self._opened: AbstractStore | None = _OneRequestStore(self._http) if self._http else None
         self._experiments: dict[str, str] = {}
-        self._artifact_uris: dict[str, tuple[float, str]] = {}
+        self._artifact_uris: dict[str, str] = {}
 
     # Runs
 
@@ -498,7 +498,7 @@ class Server:
             raise ServerRefused(
                 f"{self.place} answered without naming a run", expected="the answers of an MLflow server"
             )
-        self._artifact_uris[info.run_id] = time.monotonic(), info.artifact_uri
+        self._artifact_uris[info.run_id] = info.artifact_uri
         return RunView(
             run_id=info.run_id,
             experiment_id=str(info.experiment_id),
@@ -519,10 +519,10 @@ class Server:
         )
 
     def _artifacts(self, run_id: str) -> _Artifacts:
-        # Asked again after a while: it also finds out within the short timeout whether the server is there,
+        uri = self._artifact_uris.get(run_id, "")
+        # Asked for again after a while: it also finds out within the short timeout whether the server is there,
         # before a transfer that has to wait longer begins.
-        seen, uri = self._artifact_uris.get(run_id, (-math.inf, ""))
-        if time.monotonic() - seen > _LOOK_AGAIN_SECONDS:
+        if not uri or (self._http and time.monotonic() - self._http.answered > _LOOK_AGAIN_SECONDS):
             uri = self.get_run(run_id).artifact_uri
         if self._http and uri.startswith(("mlflow-artifacts:", "http:", "https:")):
             if uri.startswith("mlflow-artifacts:"):
@@ -604,6 +604,8 @@ class _Http:
         self._user, self._password = unquote(parts.username or ""), unquote(parts.password or "")
         self.host = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         self._timeout = timeout
+        self.answered = -math.inf
+        """When the server was there last, by `time.monotonic`."""
 
     def credentials(self, host: str | None = None) -> MlflowHostCreds:
         creds: MlflowHostCreds = get_default_host_creds(host or self.host)
@@ -678,6 +680,7 @@ class _Http:
                 expected="MLFLOW_TRACKING_… settings that MLflow accepts",
             ) from None
         if response.status_code == 200:
+            self.answered = time.monotonic()
             return response
         with closing(response):
             raise self._complaint(response)

@@ -104,7 +104,8 @@ class Plan:
                 f"the ranges that were typed are searched, not suggest() of {experiment.path.name}"
             )
         metric, mode = _monitored(request, experiment, fixed, space)
-        settings = {**request.settings, "monitor": metric, "mode": mode}
+        # Of many trials, the newest and the best checkpoint each: all else is uploaded for nothing.
+        settings = {"keep_last": 1, **request.settings, "monitor": metric, "mode": mode}
         if settings.get("epochs") is None and settings.get("max_steps") is None:
             raise UsageError(
                 "it is not said how long a trial trains", expected="epochs or steps", try_next="--epochs 10"
