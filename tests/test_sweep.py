@@ -43,7 +43,13 @@ class Params:
     width: int = 4
     pause: float = 0.0
 
+    def __post_init__(self):
+        if Path("refuse").exists() and self.quality == 0.2:
+            raise ValueError("no quality of 0.2")
+
 def build(params):
+    with open("devices.txt", "a") as file:
+        print(os.environ.get("CUDA_VISIBLE_DEVICES"), file=file)
     inputs = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
     data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
     model = nn.Sequential(nn.Linear(4, params.width), nn.Dropout(0.1), nn.Linear(params.width, 1))
@@ -59,7 +65,8 @@ def build(params):
             time.sleep(0.02)
         loss = torch.stack([nn.functional.mse_loss(model(x), y) for x, y in batches]).mean()
         happens()
-        return {"loss": loss, "score": params.quality + 0.001 * torch.tanh(-loss)}
+        is_nan = params.quality == 0.4 and evaluations[0] == 2 and Path("nan").exists()
+        return {"loss": loss, "score": float("nan") if is_nan else params.quality + 0.001 * torch.tanh(-loss)}
     def happens():
         plan = Path("break.json")
         if not plan.exists():
@@ -190,8 +197,103 @@ def test_a_trial_that_always_dies_is_given_up(nursery: Nursery, workplace: Workp
 
     assert done.returncode == 0
     assert "its process died 2 times" in done.stderr
+    _, children = parent_and_children(workplace)
+    (given_up,) = [run for run in children.values() if run.data.params["quality"] == "0.2"]
+    assert given_up.data.tags["tracked.state"] == "failed"
+    assert given_up.info.status == "FAILED"
     assert done.json["trials"] == 4
     assert done.json["best"]["params"]["quality"] == 0.4
+
+
+def test_a_trial_whose_params_are_refused_fails_alone(nursery: Nursery, workplace: Workplace) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    (workplace.path / "refuse").touch()
+    done = nursery.run(workplace, "sweep", file, *GRID, *LINE, "--pruner", "none")
+
+    assert "failed" in done.stderr
+    assert "no quality of 0.2" in done.stderr
+    _, children = parent_and_children(workplace)
+    assert sorted(run.data.params["quality"] for run in children.values()) == ["0.1", "0.3", "0.4"]
+
+
+def test_patience_ends_trials_with_their_best_value_and_nan_is_never_the_best(
+    nursery: Nursery, workplace: Workplace
+) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    (workplace.path / "nan").touch()
+    line = (*GRID, *LINE, "--pruner", "none", "--patience", "1", "--min-delta", "1")
+    done = nursery.run(workplace, "sweep", file, *line)
+
+    parent, children = parent_and_children(workplace)
+    states = {run.data.params["quality"]: run.data.tags["tracked.state"] for run in children.values()}
+    early = "stopped_early"
+    assert states == {"0.1": early, "0.2": early, "0.3": early, "0.4": "failed"}
+    assert {run.info.status for run in children.values()} == {"FINISHED", "FAILED"}
+    assert (done.json["best"]["params"]["quality"], done.json["best"]["epochs"]) == (0.3, 2)
+    assert "quality=0.3" in parent.data.tags["tracked.best"]
+
+
+SUGGEST = """
+def suggest(trial):
+    kind = trial.suggest_categorical("kind", ["narrow", "wide"])
+    width = trial.suggest_int("width", 5, 8) if kind == "wide" else 2
+    return {"quality": trial.suggest_float("quality", 0.1, 0.9), "width": width}
+"""
+
+
+def test_what_an_experiment_suggests_itself_is_the_same_on_an_empty_disk(
+    nursery: Nursery, workplace: Workplace
+) -> None:
+    line = ("--trials", "6", "--sampler", "random", "--pruner", "none", *LINE)
+    file = workplace.experiment(EXPERIMENT + SUGGEST)
+    nursery.run(workplace, "sweep", file, *line, "--experiment-name", "straight")
+    trainer = nursery.start(workplace, "sweep", file, *line, "pause=0.1", "--experiment-name", "killed")
+    wait_until(lambda: "trial 1:" in trainer.errors, "the second trial's end")
+    trainer.kill()
+    trainer.wait()
+    wait_until(lambda: not held(workplace), "the end of the workers")
+    nursery.run(workplace, "sync")
+    parent, _ = parent_and_children(workplace, "killed")
+    workplace.end_senders()
+    shutil.rmtree(workplace.spool)
+    for path in (workplace.path / "mlruns").glob("studies.journal*"):
+        path.unlink()
+    nursery.run(workplace, "resume", parent.info.run_id, env={"TRACKED_WATCH": "3"})
+
+    _, straight = parent_and_children(workplace, "straight")
+    _, killed = parent_and_children(workplace, "killed")
+    chosen = [
+        {number: (run.data.params["quality"], run.data.params["width"]) for number, run in found.items()}
+        for found in (straight, killed)
+    ]
+    assert chosen[0] == chosen[1]
+    assert len({width for _, width in chosen[0].values()}) > 2, "some are wide, and of different widths"
+
+
+def test_cuda_devices_are_dealt_out_to_the_workers(nursery: Nursery, workplace: Workplace) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    line = (*GRID, *LINE, "pause=0.1", "--pruner", "none", "--workers", "2", "--device", "cpu")
+    nursery.run(workplace, "sweep", file, *line, env={"CUDA_VISIBLE_DEVICES": "3,5"})
+
+    seen = (workplace.path / "devices.txt").read_text().split()
+    assert {*seen} == {"3,5", "3", "5"}, "both for the command itself, which asks the task for its metric"
+
+
+def test_a_budget_is_an_end_and_not_a_pause_where_it_leaves_nothing_half_done(
+    nursery: Nursery, workplace: Workplace
+) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    exact = nursery.run(
+        workplace, "sweep", file, *GRID, *LINE, "--pruner", "none", "--max-epochs-total", "12"
+    )
+    line = (*GRID, *LINE, "pause=0.2", "--pruner", "none", "--timeout", "0.1", "--experiment-name", "timed")
+    timed = nursery.run(workplace, "sweep", file, *line, check=False)
+
+    assert (exact.json["state"], exact.json["trials"]) == ("finished", 4)
+    assert timed.json["trials"] < 4
+    assert timed.returncode in (0, 1), "nothing was begun, or what was begun is whole"
+    _, children = parent_and_children(workplace, "timed")
+    assert all(run.data.metrics["epoch"] == 3 for run in children.values())
 
 
 def started_children(place: Workplace) -> int:
@@ -395,7 +497,7 @@ def test_what_cannot_be_swept_is_told(
     file = workplace.experiment(EXPERIMENT)
     result = nursery.run(workplace, "sweep", file, *words, "--trials", "2", *LINE, check=False)
 
-    assert result.returncode in (1, 2)
+    assert result.returncode == (1 if "--storage" in words else 2)
     assert said in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -61,6 +61,10 @@ POLL_SECONDS = 0.05
 GATHER_SECONDS = 1.0
 REQUEST_SECONDS = 5.0
 LONGEST_BACK_OFF = 5.0
+UPLOAD_REST = 20.0
+"""For so many times as long as its last one took, no checkpoint is sent for a run that is trained …"""
+LONGEST_UPLOAD_REST = 5.0
+"""… but for no more than so many seconds: who loses the machine loses what had not arrived."""
 DRAWING_REST = 20.0
 """For so many times as long as its last picture took, nothing is drawn for a run that is trained."""
 
@@ -138,6 +142,7 @@ class Delivery:
             record for record in passed if record.kind == "picture" and record.end <= self._files_seen
         ]
         self.draws_again = 0.0
+        self._sends_again = 0.0
         self._on_server: set[int] | None = None
         self._points_at_once = POINTS_IN_A_REQUEST
         self._ended = False
@@ -318,12 +323,7 @@ class Delivery:
                 )
             end = record.end
         else:
-            if (
-                batch
-                and not any(facts.values())
-                and record.kind in ("points", "picture")
-                and not self._is_time()
-            ):
+            if batch and not any(facts.values()) and not self._is_time():
                 return False
         if end == self.reader.cursor("points"):
             return False
@@ -425,12 +425,15 @@ class Delivery:
         local = self.run.checkpoints / folder_name(body["step"])
         directory = f"checkpoints/{local.name}"
         if self._uploaded != end:
+            if time.monotonic() < self._sends_again and self.reader.is_written():
+                return False  # by then newer ones may have taken its place
             try:
                 if digest(local / "checkpoint.pt") != body["sha256"]:
                     return True
             except FileNotFoundError:
                 return True  # a newer one has taken its place while the server was away
             reach("sender.before-upload")
+            began = time.monotonic()
             if self._on_server is not None:
                 self._on_server.add(body["step"])  # also if it stays half of one, superseded meanwhile
             try:
@@ -447,6 +450,8 @@ class Delivery:
                     f"the server holds {found} of {body['bytes']} bytes of {directory}/checkpoint.pt"
                 )
             self._uploaded = end
+            took = time.monotonic() - began
+            self._sends_again = time.monotonic() + min(UPLOAD_REST * took, LONGEST_UPLOAD_REST)
             if not self.is_open():
                 return False  # an upload may outlast the lease, and its pointer would undo a newer attempt's
         if self.reader.cursor("points") < end:

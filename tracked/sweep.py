@@ -122,7 +122,7 @@ def resume(view: RunView, request: Request) -> Outcome:
             file=path,
             words=recorded["words"],
             settings={**recorded["settings"], **request.settings},
-            experiment_name=view.experiment_name,
+            experiment_name=recorded["experiment"],
             study_name=recorded["name"],
             sampler=recorded["sampler"],
             sampler_options=recorded["sampler_options"],

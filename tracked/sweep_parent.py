@@ -16,6 +16,8 @@ from tracked.sweep_plan import Plan, Request
 from tracked.tracking import Run
 from tracked.trials import Trial
 
+_FIRST_PICTURES = 20.0
+"""Seconds before which none are drawn: a sweep that is over by then has those of its end."""
 _DRAWING_REST = 20.0
 """For so many times as long as its pictures took, no more are drawn: they are made beside the trainings."""
 
@@ -40,7 +42,7 @@ class Parent:
     ) -> None:
         self._plan = plan
         self._say = say
-        self._draws_again = 0.0
+        self._draws_again = time.monotonic() + _FIRST_PICTURES
         self._drawing: threading.Thread | None = None
         shown = {
             "sweep.sampler": " ".join([request.sampler, *request.sampler_options]),

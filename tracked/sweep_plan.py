@@ -145,6 +145,7 @@ class Plan:
         name = name or f"{experiment.path.stem}-{handle[:8]}"
         record: dict[str, Any] = {
             "name": name,
+            "experiment": experiment_name,
             "handle": handle,
             "file": experiments.describe(experiment),
             "words": words,

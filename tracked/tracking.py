@@ -133,6 +133,7 @@ class Run:
             self._continue(self._restored)
         if (self.attempt == 1 or self._restored is None) and attempt.params:
             self._pipe.append("params", shown_params(attempt.params))
+            self._pipe.flush()  # at once: a run that dies in its first moment should say what it was
         self._pipe.copy(attempt.history)
         attempt.history = []  # it may be long, and the training is
         self._pipe.open(self._beside)
