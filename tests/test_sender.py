@@ -370,6 +370,44 @@ def test_superseded_checkpoints_are_deleted_on_the_server_and_nothing_else(
     assert sorted(left) == ["step-00000005", "step-00000010"]
 
 
+def test_facts_travel_with_the_points_beside_them(post: Post, front: FakeFront, server_uri: str) -> None:
+    writing = post.writing()
+    writing.append("params", {"lr": "0.1"})
+    writing.append("tags", {"color": "blue"})
+    writing.points("loss", 0, 10)
+    writing.append("tags", {"color": "red"})
+    writing.append("params", {"loop.epochs": "3"})
+    writing.end()
+    with post:
+        writing.delivered()
+    run = delivered(post, server_uri)
+    assert curves(server_uri, run.info.run_id) == {"loss": points(10)}
+    assert run.data.params == {"lr": "0.1", "loop.epochs": "3"}
+    assert run.data.tags["color"] == "red"
+    batches = [request.body for request in front.requests if "runs/log-batch" in request.path]
+    assert sum(b'"lr"' in body or b'"color"' in body or b'"loss"' in body for body in batches) == 1
+
+
+def test_of_checkpoints_that_come_faster_than_they_are_sent_the_newest_is_next(
+    post: Post, front: FakeFront, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "UPLOAD_REST", 1e6)
+    monkeypatch.setattr(sender, "LONGEST_UPLOAD_REST", 60.0)
+    writing = post.writing()
+    with post:
+        for step in range(1, 9):
+            writing.checkpoint(step, b"x" * 1000 * step, keep=[step])
+            if step == 1:
+                wait_until(lambda: writing.folder.about.get("committed") == 1, "the first checkpoint")
+            elif step > 2:  # as a training does, once a newer one is whole
+                shutil.rmtree(writing.folder.checkpoints / f"step-{step - 1:08d}")
+        writing.end()
+        writing.delivered()
+    sent = [request.path for request in front.requests if "checkpoint.pt" in request.path]
+    assert [path.split("step-")[1][:8] for path in sent if "step-" in path] == ["00000001", "00000008"]
+    assert writing.folder.about["committed"] == 8
+
+
 def test_an_attempt_that_was_superseded_sends_nothing_more_and_says_so(post: Post, server_uri: str) -> None:
     writing = post.writing()
     writing.points("loss", 0, 10)
