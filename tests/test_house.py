@@ -23,13 +23,13 @@ spool space ranking trial_runs
 journal archive sweep_plots
 server seeding points state
 data sender freezing search
-streams groups place checkpoint experiment storage
-pipe
+streams groups place calls checkpoint experiment storage
+pipe store
 tracking progress
 attempts loop inspection
 retrieval
 forking
-training upkeep finetune command tensors
+training upkeep finetune command tensors plugin
 export study worker
 crew sweep_plan
 sweep_parent

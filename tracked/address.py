@@ -12,6 +12,9 @@ from urllib.parse import urlsplit
 
 from tracked.errors import UsageError
 
+PLUGIN = "tracked+"
+"""Before a tracking URI: whatever MLflow code writes there goes through the journal."""
+
 _SQLITE = "sqlite:///"
 _ACCEPTED = "http://HOST:PORT, https://HOST, or sqlite:///PATH/mlflow.db"
 # Greedy up to the last @: a password that holds an unescaped / or @ must not show either.
@@ -22,7 +25,8 @@ def normalise_uri(uri: str, base: Path | None = None) -> str:
     """The one spelling of a tracking URI: two spellings of a place would get two senders.
 
     Args:
-        uri: ``http://…``, ``https://…`` or ``sqlite:///…``. A relative SQLite path is taken from `base`.
+        uri: ``http://…``, ``https://…`` or ``sqlite:///…``, with or without ``tracked+`` before it. A relative
+            SQLite path is taken from `base`.
         base: An absolute folder; the current one by default.
 
     Returns:
@@ -31,7 +35,7 @@ def normalise_uri(uri: str, base: Path | None = None) -> str:
     Raises:
         UsageError: for any other scheme, for an address without a host, for an SQLite database in memory.
     """
-    text = uri.strip()
+    text = uri.strip().removeprefix(PLUGIN)
     scheme = text.partition(":")[0].lower()
     if scheme in ("http", "https"):
         return _web(text, scheme)

@@ -16,6 +16,7 @@
     ├── StorageError              a study's storage that cannot be reached, read or written
     └── ServerError               an MLflow server that did not do what was asked
         ├── ServerUnavailable     no usable answer: the same request may work later
+        │   └── NotDelivered          what was written before a read has not reached the server in time
         ├── ServerRefused         the address or the credentials are wrong (401, 403, 404, HTML)
         ├── NoSuchRun             the server answered that it does not have this run
         └── RecordRejected        the server found this very record invalid: final
@@ -112,6 +113,10 @@ class ServerError(TrackedError):
 
 class ServerUnavailable(ServerError):
     """No usable answer: the same request may work later."""
+
+
+class NotDelivered(ServerUnavailable):
+    """What was written before a read has not reached the server in time; it is kept, and on its way."""
 
 
 class ServerRefused(ServerError):

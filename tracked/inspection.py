@@ -147,7 +147,7 @@ def waiting_in(journal: Path) -> int:
     for record in reader.records("points"):
         if record.kind == "points":
             count += record.body["count"]
-        elif record.kind in ("params", "tags", "damaged"):
+        elif record.kind in ("params", "tags", "linked", "status", "damaged"):
             count += 1
     return count + sum(record.kind in ("artifact", "checkpoint", "end") for record in reader.records("files"))
 

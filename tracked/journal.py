@@ -154,6 +154,15 @@ class Reader:
     def cursor(self, lane: str) -> Place:
         return self._cursors[lane]
 
+    def end(self) -> Place:
+        """The place behind all that has been flushed, whole or torn."""
+        numbers = sorted(int(path.stem) for path in self.folder.glob("*.log"))
+        for number in reversed(numbers):
+            # Behind a full segment stands an empty one, and nothing moves a cursor into that.
+            if size := _segment(self.folder, number).stat().st_size:
+                return Place(number, size)
+        return START
+
     def is_written(self) -> bool:
         """Whether a living process has the journal open for writing."""
         return is_held(self.folder / "lock")

@@ -41,6 +41,7 @@ EXACT = "mlflow.tracked.exact"
 FORKED_FROM = "mlflow.tracked.forked_from"
 SWEEP = "mlflow.tracked.sweep"
 TRIAL = "mlflow.tracked.trial"
+CALL = "mlflow.tracked.call"
 PARENT = "mlflow.parentRunId"
 # A tag for each fork, because a list in one tag would lose one of two that are written at the same time.
 FORK = "mlflow.tracked.fork."

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -313,14 +314,12 @@ class Delivery:
                 if not self._go_together(record.kind, facts[record.kind], record.body):
                     break
                 facts[record.kind] |= record.body
-            elif record.kind == "damaged":
+            elif record.kind in ("linked", "status", "damaged"):
                 if end != self.reader.cursor("points"):
                     break
-                self._reject(
-                    "journal",
-                    record.body,
-                    ServerError("part of the journal is damaged and could not be read"),
-                )
+                self._send_by_itself(record.kind, record.body)
+                self.reader.acknowledge("points", record.end)
+                return True
             end = record.end
         else:
             if batch and not any(facts.values()) and not self._is_time():
@@ -368,6 +367,27 @@ class Delivery:
                     dict(item for kind, item in half if kind == "params"),
                     dict(item for kind, item in half if kind == "tags"),
                 )
+
+    def _send_by_itself(self, kind: str, body: Any) -> None:
+        assert self.view is not None
+        if kind == "linked":
+            self._send_linked(body)
+        elif kind == "status":
+            self.server.set_status(self.view.run_id, body["status"], body["end_time"])
+        else:
+            damage = ServerError("part of the journal is damaged and could not be read")
+            self._reject("journal", body, damage)
+
+    def _send_linked(self, points: Sequence[dict[str, Any]]) -> None:
+        assert self.view is not None
+        try:
+            self.server.log_linked_points(self.view.run_id, points)
+        except RecordRejected as error:
+            if len(points) == 1:
+                self._reject("point", points[0], error)
+                return
+            for point in points:
+                self._send_linked([point])
 
     def _reject(self, kind: str, body: Any, error: Exception) -> None:
         with (self.run.path / "rejected.jsonl").open("a") as file:
@@ -558,6 +578,51 @@ class Delivery:
         return unsent is None and unseen is None and not self._pictures
 
 
+class CallDelivery(Delivery):
+    """The journal of what other MLflow code logs to a run: many may write to one, so there is no right to it.
+
+    A process that is gone has its say before any that came after it.
+    """
+
+    def __init__(self, folder: Path, server: Server) -> None:
+        super().__init__(folder, server)
+        self.reader = Reader(folder, ("points",))
+
+    def is_open(self) -> bool:
+        if any(older.exists() and not is_held(older / "lock") for older in self._older()):
+            return False
+        if self.view is None:
+            self.view = self.server.get_run(self.run.handle)
+            self.tell(run_id=self.view.run_id, url=self.server.url(self.view), trouble="")
+        return True
+
+    def _older(self) -> list[Path]:
+        return [journal for journal in self.run.journals() if journal.name < self.folder.name]
+
+    def _is_time(self) -> bool:
+        return super()._is_time() or self.run.is_wanted()
+
+    def beat(self) -> None:
+        pass  # as with MLflow itself: a run whose program was killed goes on running there
+
+    def send_file(self) -> bool:
+        return False
+
+    def send_picture(self) -> bool:
+        return False
+
+    def close_if_done(self) -> bool:
+        if self.reader.is_written() or next(self.reader.records("points"), None) is not None:
+            return False
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.run.journals() and not (self.run.path / "rejected.jsonl").exists():
+            for name in ("run.json", "wanted"):
+                (self.run.path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another process begins a journal
+                self.run.path.rmdir()
+        return True
+
+
 class Sender:
     """Serves every journal of an outbox, in turn, until there has been nothing to do for a while."""
 
@@ -572,8 +637,10 @@ class Sender:
     def serve(self) -> None:
         """Run the four threads until the outbox has been empty for a while."""
         threads = [
-            threading.Thread(target=self._work, args=(Delivery.send_points,), name="points", daemon=True),
-            threading.Thread(target=self._work, args=(Delivery.send_file,), name="files", daemon=True),
+            threading.Thread(
+                target=self._work, args=(methodcaller("send_points"),), name="points", daemon=True
+            ),
+            threading.Thread(target=self._work, args=(methodcaller("send_file"),), name="files", daemon=True),
             threading.Thread(target=self._work, args=(self._send_picture,), name="pictures", daemon=True),
             threading.Thread(target=self._beat, name="heartbeats", daemon=True),
         ]
@@ -606,7 +673,8 @@ class Sender:
         with self._lock:
             for folder in found:
                 if folder not in self.deliveries:
-                    self.deliveries[folder] = Delivery(folder, self.server)
+                    kind = CallDelivery if folder.name.startswith("calls-") else Delivery
+                    self.deliveries[folder] = kind(folder, self.server)
 
     def _close_done(self) -> None:
         for delivery in self._current():

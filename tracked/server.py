@@ -287,6 +287,21 @@ class Server:
             with self._writing(run_id):
                 self._store.log_batch(run_id, metrics, [], [])
 
+    def log_linked_points(self, run_id: str, points: Sequence[Mapping[str, Any]]) -> None:
+        """Write points that belong to a model or a data set as well, at most 1000, in one transaction.
+
+        Args:
+            run_id: The run.
+            points: The fields of each as `mlflow.entities.Metric` names them.
+
+        Raises:
+            RecordRejected: at least one of them can never be stored.
+            NoSuchRun: the server does not have the run.
+        """
+        metrics = [Metric(**{**point, "value": stored(point["value"])}) for point in points]
+        with self._writing(run_id):
+            self._store.log_batch(run_id, metrics, [], [])
+
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Write params, which can be written once only.
 
@@ -431,7 +446,7 @@ class Server:
                 raise NoSuchRun(
                     f"there is no database {self._database}", expected="a database with runs in it"
                 )
-            self._opened = _open_database(self.uri, self._database)
+            self._opened = open_database(self.uri, self._database)
         return self._opened
 
     def _experiment_id(self, name: str) -> str:
@@ -790,7 +805,7 @@ def _first_words(text: str) -> str:
 _opening = threading.Lock()
 
 
-def _open_database(uri: str, path: Path) -> SqlAlchemyStore:
+def open_database(uri: str, path: Path) -> SqlAlchemyStore:
     """MLflow's store on a file, made if need be: by one process, for two at once would crash each other."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,9 @@
             run.json                 what the sender knows: run ID, points acknowledged, trouble
             checkpoints/step-00000938/{checkpoint.pt, manifest.json}
             attempt-0001-NONCE/      a journal (see `journal`), gone once it is delivered
+        calls/RUN-ID/                a run that other MLflow code writes; gone once all is delivered
+            run.json  wanted         the latter is touched by who waits for the delivery
+            calls-NANOSECONDS-PID/   the journal of one process
 
 Locks are POSIX record locks (`fcntl.lockf`): DataLoader workers, which are forked, do not inherit
 them, so they are free as soon as the process that took them is gone.
@@ -14,6 +17,7 @@ them, so they are free as soon as the process that took them is gone.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -32,6 +36,7 @@ from tracked.provenance import boot_id, host_name
 
 _held_here: set[str] = set()
 _TRIES = 5
+_WANTED_SECONDS = 2.0
 
 
 class Lock:
@@ -176,7 +181,19 @@ class RunFolder:
 
     def journals(self) -> list[Path]:
         """Journals that are not delivered yet, oldest attempt first."""
-        return sorted(self.path.glob("attempt-*"))
+        return sorted([*self.path.glob("attempt-*"), *self.path.glob("calls-*")])
+
+    def want(self) -> None:
+        """Have the sender send at once what it would gather for a fuller request."""
+        with contextlib.suppress(FileNotFoundError):  # all is delivered
+            (self.path / "wanted").touch(mode=0o600)
+
+    def is_wanted(self) -> bool:
+        """Whether somebody has waited for the delivery within the last seconds."""
+        try:
+            return time.time() - (self.path / "wanted").stat().st_mtime < _WANTED_SECONDS
+        except FileNotFoundError:
+            return False
 
     def make(self) -> None:
         try:
@@ -206,8 +223,15 @@ class Outbox:
     def runs(self) -> list[RunFolder]:
         return [RunFolder(path) for path in sorted((self.path / "runs").glob("*")) if path.is_dir()]
 
+    def called(self, run_id: str) -> RunFolder:
+        """The folder of a run that other MLflow code writes."""
+        return RunFolder(self.path / "calls" / run_id)
+
+    def all_called(self) -> list[RunFolder]:
+        return [RunFolder(path) for path in sorted((self.path / "calls").glob("*"))]
+
     def journals(self) -> list[Path]:
-        return [journal for run in self.runs() for journal in run.journals()]
+        return [journal for run in [*self.runs(), *self.all_called()] for journal in run.journals()]
 
 
 def root(spool_dir: str | Path | None = None) -> Path:

@@ -133,9 +133,10 @@ def _waiting(place: Place, say: Say, *, everywhere: bool) -> list[_Waiting]:
         if not typed and not everywhere:
             continue
         uri = place.tracking_uri if typed else outbox.tracking_uri
-        for run in outbox.runs():
+        for run in [*outbox.runs(), *outbox.all_called()]:
             if is_trained(run):
-                say(f"run {_name(run)} is still being trained; its points are delivered as they come")
+                doing = "written" if run.path.parent.name == "calls" else "trained"
+                say(f"run {_name(run)} is still being {doing}; its points are delivered as they come")
                 continue
             for journal in run.journals():
                 damaged = _is_damaged(journal)
@@ -159,8 +160,8 @@ def _waiting(place: Place, say: Say, *, everywhere: bool) -> list[_Waiting]:
 
 def _is_damaged(journal: Path) -> bool:
     """Whether the journal has lost the record that says which run it is of."""
-    if read_json(journal / "start.json"):
-        return False
+    if journal.name.startswith("calls-") or read_json(journal / "start.json"):
+        return False  # the folder of calls is named by the run
     first = next(Reader(journal, ("points", "files")).records("points", START), None)
     return first is not None and first.kind != "start"
 
@@ -350,7 +351,7 @@ def _kept(server: Server, view: RunView, committed: int, steps: Sequence[int]) -
 
 def _clean_outbox(outbox: Outbox, waste: _Waste) -> None:
     """Delete an outbox of an earlier boot that holds nothing any more."""
-    if outbox.runs() or is_held(outbox.sender_lock):
+    if outbox.runs() or outbox.all_called() or is_held(outbox.sender_lock):
         return
     waste.delete(outbox.path, "empty, and of an earlier boot")
     if not waste.dry_run:

@@ -1,0 +1,278 @@
+"""What MLflow code other than this package's loop logs, on its way into journals: one for each run it writes.
+
+The thread that logs only appends to a list. Another moves what is there into the journals every
+0.2 s, where a kill of this process cannot reach it, and sees to it that a sender is alive. The order
+of the calls of a run is kept, over several journals and processes too, where one ended before the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from tracked import sender
+from tracked.errors import NotDelivered, SpoolError
+from tracked.journal import Journal, Place, Reader
+from tracked.packing import records
+from tracked.spool import Outbox, RunFolder, read_json
+
+log = logging.getLogger("tracked")
+
+FLUSH_SECONDS = 0.2
+LOOK_AFTER_SECONDS = 1.0
+LONGEST_IDLE_SECONDS = 30.0
+_POLL_SECONDS = 0.005
+
+
+def read_timeout() -> float:
+    """How long a read waits for what was written before it: `TRACKED_READ_TIMEOUT`, else 60 s."""
+    return float(os.environ.get("TRACKED_READ_TIMEOUT", "60"))
+
+
+def drain_timeout() -> float:
+    """How long the end of the process waits for the delivery: `TRACKED_DRAIN_TIMEOUT`, else 60 s."""
+    return float(os.environ.get("TRACKED_DRAIN_TIMEOUT", "60"))
+
+
+class _Writer:
+    """The calls of one run, in the order in which they were made."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.entries: list[tuple[str, Any]] = []
+        self.told: set[str] = set()
+        self._journal: Journal | None = None
+        self._written = 0.0
+
+    def flush(self, *, close: bool = False) -> None:
+        """Move what is there into the journal, which ends with the run, and after a while without a call.
+
+        Raises:
+            SpoolError: It cannot be written; what was not taken stays.
+        """
+        # A call may append meanwhile: only what is there now is taken, and only once it has been.
+        count = len(self.entries)
+        if count:
+            if self._journal is None:
+                name = f"calls-{time.time_ns():020d}-{os.getpid()}"
+                self._journal = Journal(self.folder.path / name, {"run": self.folder.handle})
+            ended = self._append(self._journal, self.entries[:count])
+            del self.entries[:count]
+            self._written = time.monotonic()
+            close = close or ended
+        if self._journal is not None:
+            self._journal.flush()
+            if close or time.monotonic() - self._written > LONGEST_IDLE_SECONDS:
+                self._journal.close()
+                self._journal = None
+
+    @staticmethod
+    def _append(journal: Journal, entries: list[tuple[str, Any]]) -> bool:
+        """Journal the entries, neighbours of a kind together; whether the run has ended with them."""
+        ended = False
+        for kind, group in groupby(entries, key=itemgetter(0)):
+            bodies = [body for _, body in group]
+            if kind == "points":
+                for body in records(bodies):
+                    journal.append("points", body)
+            elif kind in ("params", "tags"):
+                journal.append(kind, {key: value for body in bodies for key, value in body.items()})
+            else:
+                for body in bodies:
+                    journal.append(kind, body)
+            ended = kind == "status"
+        return ended
+
+
+class Calls:
+    """All that this process writes to one tracking URI. Safe to use from several threads, and after a fork."""
+
+    def __init__(self, outbox: Outbox, tracking_uri: str) -> None:
+        self._outbox = outbox
+        self._tracking_uri = tracking_uri
+        self._writers: dict[str, _Writer] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._finished = False
+        os.register_at_fork(after_in_child=self._begin_anew)
+        _everywhere.append(self)
+        self.ensure_sender()
+
+    def _begin_anew(self) -> None:
+        """What the process that forked this one has not written yet, it will write itself."""
+        self._writers = {}
+        self._lock = threading.Lock()
+        self._thread = None
+        self._finished = False
+
+    # -- from whoever logs
+
+    def add(self, run_id: str, kind: str, body: Any) -> None:
+        """Have a call journaled: a `points` entry is one point, any other the body of a record."""
+        writer = self._writers.get(run_id) or self._begin(run_id)
+        writer.entries.append((kind, body))
+        if self._finished:
+            self._flush()
+
+    def _begin(self, run_id: str) -> _Writer:
+        with self._lock:
+            writer = self._writers.setdefault(run_id, _Writer(self._outbox.called(run_id)))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="tracked-calls", daemon=True)
+                self._thread.start()
+                _finish_with_a_child_process()
+        return writer
+
+    def wait(self, run_id: str | None = None) -> None:
+        """Return once what this process wrote before is on the server.
+
+        Args:
+            run_id: Only for this run, and then for other processes of this machine too; None: for all runs.
+
+        Raises:
+            NotDelivered: It is not after `TRACKED_READ_TIMEOUT`.
+        """
+        self._flush()
+        runs = list(self._writers) if run_id is None else [run_id]
+        waiting = [end for each in runs for end in _ends(self._outbox.called(each))]
+        seconds = read_timeout()
+        late = self._await(waiting, seconds)
+        if late:
+            folder = RunFolder(late[0][0].parent)
+            trouble = folder.about.get("trouble")
+            raise NotDelivered(
+                f"what was logged to run {folder.handle} has not reached the server after {seconds:g} s"
+                + (f": {trouble}" if trouble else ""),
+                expected="the server that the tracking URI names, answering",
+                try_next="the same again: nothing is lost, and TRACKED_READ_TIMEOUT=… waits for longer",
+            )
+
+    def _await(self, waiting: list[tuple[Path, Place]], seconds: float) -> list[tuple[Path, Place]]:
+        """Those of the journals that have not been delivered up to their place after so many seconds."""
+        deadline = time.monotonic() + seconds
+        urged = 0.0
+        while waiting := [each for each in waiting if not _is_delivered(*each)]:
+            now = time.monotonic()
+            if now > deadline:
+                break
+            if now - urged > LOOK_AFTER_SECONDS:
+                urged = now
+                for folder in {journal.parent for journal, _ in waiting}:
+                    RunFolder(folder).want()
+                self.ensure_sender()
+            time.sleep(_POLL_SECONDS)
+        return waiting
+
+    # -- beside it
+
+    def _work(self) -> None:
+        looked_after = time.monotonic()
+        while not self._finished:
+            time.sleep(FLUSH_SECONDS)
+            self._flush()
+            if time.monotonic() - looked_after > LOOK_AFTER_SECONDS:
+                looked_after = time.monotonic()
+                self._look_after()
+
+    def _flush(self, *, close: bool = False) -> None:
+        with self._lock:
+            for writer in list(self._writers.values()):
+                try:
+                    writer.flush(close=close)
+                except SpoolError as error:
+                    _tell_once(writer, f"{error}\n  what is logged is kept in memory meanwhile")
+
+    def _look_after(self) -> None:
+        """Have a sender running while there is work for one, and say what is in its way."""
+        undelivered = False
+        for writer in list(self._writers.values()):
+            if not _ends(writer.folder):
+                continue
+            undelivered = True
+            about = writer.folder.about
+            if trouble := about.get("trouble"):
+                _tell_once(
+                    writer,
+                    f"nothing is delivered at the moment: {trouble}\n"
+                    "  the program goes on, and what it logs waits in the spool",
+                )
+            if about.get("rejected"):
+                _tell_once(writer, f"left out, as it cannot be delivered: {about.get('rejected_reason')}")
+        if undelivered:
+            self.ensure_sender()
+
+    def ensure_sender(self) -> None:
+        try:
+            sender.ensure(self._outbox, self._tracking_uri)
+        except (OSError, SpoolError) as error:
+            log.warning("the spool at %s cannot be used: %s", self._outbox.path, error)
+
+    # -- the end of the process
+
+    def finish(self) -> None:
+        """Write what is left, wait for its delivery, and say on standard error what stays behind."""
+        self._finished = True
+        if not self._writers:
+            return
+        self._flush(close=True)
+        waiting = [end for run_id in self._writers for end in _ends(self._outbox.called(run_id))]
+        try:
+            late = self._await(waiting, drain_timeout())
+        except KeyboardInterrupt:
+            late = [each for each in waiting if not _is_delivered(*each)]
+        for journal, _ in late:
+            trouble = RunFolder(journal.parent).about.get("trouble")
+            sys.stderr.write(
+                f"tracked: what was logged to run {journal.parent.name} is not all delivered"
+                f"{f' ({trouble})' if trouble else ''}; it is kept in {journal}\n"
+                "  try: python -m tracked.run sync\n"
+            )
+
+
+_everywhere: list[Calls] = []
+
+
+def finish() -> None:
+    """Deliver what this process has logged, wherever it goes."""
+    for each in _everywhere:
+        each.finish()
+
+
+def _finish_with_a_child_process() -> None:
+    """A process of `multiprocessing` ends without what was registered for an exit."""
+    multiprocessing = sys.modules.get("multiprocessing.process")
+    if multiprocessing is not None and multiprocessing.parent_process() is not None:
+        from multiprocessing.util import Finalize
+
+        Finalize(None, finish, exitpriority=10)
+
+
+def _ends(folder: RunFolder) -> list[tuple[Path, Place]]:
+    """The run's journals that are not all delivered, each with the place behind what has been flushed."""
+    found = []
+    for journal in folder.journals():
+        try:
+            end = Reader(journal, ("points",)).end()
+        except FileNotFoundError:
+            continue  # delivered meanwhile
+        if not _is_delivered(journal, end):
+            found.append((journal, end))
+    return found
+
+
+def _is_delivered(journal: Path, end: Place) -> bool:
+    cursor = read_json(journal / "cursor.json").get("points", (0, 0))
+    return tuple(cursor) >= end or not journal.exists()
+
+
+def _tell_once(writer: _Writer, text: str) -> None:
+    if text not in writer.told:
+        writer.told.add(text)
+        log.warning("%s", text)
