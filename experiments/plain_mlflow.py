@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import matplotlib as mpl
 import mlflow
-import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from mlflow.models import infer_signature
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -80,10 +78,10 @@ def main() -> None:
             mlflow.sklearn.autolog(disable=True)
         log_pictures(chosen, images)
         mlflow.log_dict({"lr": [0.003, 0.01]}, "tried.json")
-        example = images[:2].numpy()
-        signature = infer_signature(example, np.zeros((2, 10), dtype=np.float32))
         # Named, the requirements need not be found out by loading the model in another process.
-        mlflow.pytorch.log_model(chosen, name="model", signature=signature, pip_requirements=["torch"])
+        mlflow.pytorch.log_model(
+            chosen, name="model", input_example=images[:2].numpy(), pip_requirements=["torch"]
+        )
         mlflow.log_metric("best/accuracy", best)
     print(parent.info.run_id)
 

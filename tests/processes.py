@@ -107,8 +107,12 @@ class Workplace:
 
     def start(self, *args: object, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         """Start a command without waiting; it is killed when the test is over, if it still runs."""
+        return self.program("-m", "tracked.run", *args, env=env)
+
+    def program(self, *args: object, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        """Start Python with these arguments, as `start` does."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "tracked.run", *map(str, args)],
+            [sys.executable, *map(str, args)],
             cwd=self.path,
             env=self.environment(env),
             stdin=subprocess.DEVNULL,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import subprocess
-import sys
 import textwrap
 import time
 import uuid
@@ -345,17 +344,8 @@ def test_an_outage_costs_who_logs_nothing(
 
 def program(place: Workplace, text: str, **env: str) -> subprocess.Popen[str]:
     """Start a Python program in the workplace, with its tracking URI behind `tracked+`."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(text)],
-        cwd=place.path,
-        env=place.environment({"MLFLOW_TRACKING_URI": f"tracked+{place.tracking_uri}", **env}),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    place._started.append(process)
-    return process
+    address = {"MLFLOW_TRACKING_URI": f"tracked+{place.tracking_uri}"}
+    return place.program("-c", textwrap.dedent(text), env={**address, **env})
 
 
 def test_a_program_that_is_killed_loses_no_point_older_than_the_flush(remote_workplace: Workplace) -> None:
