@@ -154,7 +154,7 @@ def thin_loop(model: str, steps: int, address: str | None, spool: Path) -> float
 
 
 def lightning(model: str, steps: int, address: str | None) -> float:
-    return lightning_epoch(*built(model), samples(model, steps), address)[0]
+    return lightning_epoch(*built(model), samples(model, steps), address, logs=address is not None)[0]
 
 
 def accelerated(model: str, steps: int, address: str | None) -> float:

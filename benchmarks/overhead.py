@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -107,6 +108,11 @@ def bare(steps: int) -> Timing:
     return Timing(loop, loop)
 
 
+def served(address: str) -> str:
+    """The server's own address, which may stand behind `tracked+`."""
+    return address.removeprefix("tracked+")
+
+
 def tracked_own_loop(steps: int, address: str, spool: Path) -> Timing:
     import tracked
 
@@ -144,10 +150,10 @@ def mlflow_by_hand(steps: int, address: str, synchronous: bool) -> Timing:
             mlflow.log_metric("train/loss", loss.item(), step=step, synchronous=synchronous)
         loop = time.perf_counter() - start
         delivered = loop
-        if not synchronous:
+        if not synchronous or address != served(address):
             mlflow.flush_async_logging()
             delivered = time.perf_counter() - start
-    check_delivered(address, run.info.run_id, "train/loss", steps)
+    check_delivered(served(address), run.info.run_id, "train/loss", steps)
     return Timing(loop, delivered)
 
 
@@ -169,9 +175,22 @@ def a_call_of_the_store(steps: int, address: str) -> Timing:
 
 
 def lightning_epoch(
-    net: nn.Module, optimizer: torch.optim.Optimizer, data: TensorDataset, address: str | None
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: TensorDataset,
+    address: str | None,
+    *,
+    logs: bool = True,
 ) -> tuple[float, str | None]:
-    """Seconds that Lightning trains for one epoch, and the run's ID; no logger without an address."""
+    """Seconds that Lightning trains for one epoch, and the run's ID.
+
+    Args:
+        net: Of `data`'s shapes.
+        optimizer: Of its parameters.
+        data: Inputs and labels.
+        address: Where its logger goes; none without one.
+        logs: Whether the module hands each step's loss to Lightning.
+    """
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import MLFlowLogger
 
@@ -183,7 +202,7 @@ def lightning_epoch(
         def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
             x, y = batch
             loss = functional.cross_entropy(self.net(x), y)
-            if address is not None:
+            if logs:
                 self.log("train/loss", loss)
             return loss
 
@@ -217,13 +236,22 @@ def lightning_epoch(
 
 
 def lightning(steps: int, address: str) -> Timing:
+    from mlflow import MlflowClient
+
     seconds, run_id = lightning_epoch(*built(), samples(steps), address)
     assert run_id is not None
-    check_delivered(address, run_id, "train/loss", steps)
+    MlflowClient(address).get_run(run_id)  # the plugin has delivered by then
+    check_delivered(served(address), run_id, "train/loss", steps)
     return Timing(seconds, seconds)
 
 
-def hugging_face(steps: int, address: str) -> Timing:
+def lightning_alone(steps: int) -> Timing:
+    seconds, _ = lightning_epoch(*built(), samples(steps), None)
+    return Timing(seconds, seconds)
+
+
+def hugging_face(steps: int, address: str | None) -> Timing:
+    """Without an address the Trainer reports to nobody."""
     import mlflow
     import transformers
 
@@ -253,11 +281,13 @@ def hugging_face(steps: int, address: str) -> Timing:
         def on_train_end(self, *_: object, **__: object) -> None:
             self.end = time.perf_counter()
 
-    os.environ["MLFLOW_TRACKING_URI"] = address
-    mlflow.set_tracking_uri(address)
-    mlflow.set_experiment("bench")
     clock, (model, optimizer) = Clock(), built()
-    with tempfile.TemporaryDirectory() as directory, mlflow.start_run() as run:
+    run_id = ""
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        if address is not None:
+            mlflow.set_tracking_uri(address)
+            mlflow.set_experiment("bench")
+            run_id = stack.enter_context(mlflow.start_run()).info.run_id
         trainer = transformers.Trainer(
             WithLoss(model),
             transformers.TrainingArguments(
@@ -265,7 +295,7 @@ def hugging_face(steps: int, address: str) -> Timing:
                 num_train_epochs=1,
                 per_device_train_batch_size=BATCH,
                 logging_steps=1,
-                report_to=["mlflow"],
+                report_to=[] if address is None else ["mlflow"],
                 save_strategy="no",
                 disable_tqdm=True,
                 use_cpu=True,
@@ -279,9 +309,11 @@ def hugging_face(steps: int, address: str) -> Timing:
         # It prints every logged loss.
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
+        if address is None:
+            return Timing(clock.end - clock.start, clock.end - clock.start)
         mlflow.flush_async_logging()
         delivered = time.perf_counter() - clock.start
-    check_delivered(address, run.info.run_id, "loss", steps)
+    check_delivered(served(address), run_id, "loss", steps)
     return Timing(clock.end - clock.start, delivered)
 
 
@@ -291,6 +323,7 @@ def measure(repeat: int, repeat_others: int, workers: int, only: Sequence[str] =
     os.environ["TRACKED_SENDER_IDLE"] = "600"
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         directory = Path(name)
+        os.environ["TRACKED_SPOOL"] = str(directory / "spool")
         address = stack.enter_context(mlflow_server(directory / "server", workers))
 
         def apart(function: Callable[..., Timing], *arguments: object) -> Callable[[int], Timing]:
@@ -308,6 +341,12 @@ def measure(repeat: int, repeat_others: int, workers: int, only: Sequence[str] =
             "mlflow-async": apart(mlflow_by_hand, address, False),
             "lightning": apart(lightning, address),
             "hugging-face": apart(hugging_face, address),
+            "plugin": apart(mlflow_by_hand, f"tracked+{address}", True),
+            "lightning-alone": apart(lightning_alone),
+            "lightning-plugin": apart(lightning, f"tracked+{address}"),
+            "hugging-face-alone": apart(hugging_face, None),
+            "hugging-face-plugin": apart(hugging_face, f"tracked+{address}"),
+            "plugin-call": apart(a_call_of_the_store, f"tracked+{address}"),
         }
         chosen = {name: call for name, call in {**ours, **others}.items() if not only or name in only}
         for call in chosen.values():
@@ -327,9 +366,21 @@ TITLES = {
     "mlflow-async": "hand-written + `mlflow.log_metric(synchronous=False)`",
     "lightning": "Lightning + `MLFlowLogger`",
     "hugging-face": "Hugging Face `Trainer` + its MLflow callback",
+    "plugin": "hand-written + `mlflow.log_metric` to `tracked+http://`",
+    "lightning-alone": "Lightning without a logger",
+    "lightning-plugin": "Lightning + `MLFlowLogger` to `tracked+http://`",
+    "hugging-face-alone": "Hugging Face `Trainer`, reporting to nobody",
+    "hugging-face-plugin": "Hugging Face `Trainer` + its MLflow callback to `tracked+http://`",
+    "plugin-call": "the plugin's own part of `mlflow.log_metric`, one call",
 }
 Limits = dict[str, float | None]  # by the name of the row to compare with
-LOOP: dict[str, Limits] = {"tracked": {"bare": 1.02, "hand-written": 1.00}}
+LOOP: dict[str, Limits] = {
+    "tracked": {"bare": 1.02, "hand-written": 1.00},
+    "plugin": {"hand-written": 1.3},
+    "lightning-plugin": {"lightning-alone": 1.15},
+    "hugging-face-plugin": {"hugging-face-alone": 1.15},
+}
+LONGEST_CALL = 50.0  # µs
 DELIVERY: dict[str, Limits] = {"tracked": {"hand-written": 1.25}}
 OTHERWISE: Limits = {"hand-written": None}
 
@@ -339,6 +390,11 @@ def _rows(timings: dict[str, list[Timing]]) -> list[Row]:
     delivered = {name: [timing.delivered for timing in found] for name, found in timings.items()}
     rows = []
     for name in timings:
+        if name == "plugin-call":
+            calls = [1e6 * seconds / STEPS for seconds in loops[name]]
+            part = Comparison(f"{LONGEST_CALL:g} µs", median(calls) / LONGEST_CALL, 1.0)
+            rows.append(Row(TITLES[name], calls, "µs", [part]))
+            continue
         compared = _compared(name, loops[name], loops, LOOP.get(name, OTHERWISE))
         rows.append(Row(TITLES[name], loops[name], comparisons=compared))
         if delivered[name] != loops[name]:

@@ -253,6 +253,7 @@ def test_a_param_that_another_process_has_logged_is_refused_too(
 def test_a_deleted_run_is_refused(store: TrackingStore) -> None:
     run_id = new_run(store)
     store.delete_run(run_id)
+    assert store.get_run(run_id).info.lifecycle_stage == "deleted"
 
     with pytest.raises(MlflowException, match="active"):
         store.log_metric(run_id, Metric("loss", 1.0, NOW, 1))
@@ -293,8 +294,8 @@ def test_a_sender_that_is_killed_before_it_takes_note_sends_nothing_twice(
 ) -> None:
     monkeypatch.setenv("TRACKED_FAILPOINT", "sender.before-acknowledge")
     for store in opened(server_uri, tmp_path):
-        monkeypatch.delenv("TRACKED_FAILPOINT")  # of the next sender
         run_id = new_run(store)
+        monkeypatch.delenv("TRACKED_FAILPOINT")  # of the next sender
         for step in range(50):
             store.log_metric(run_id, Metric("loss", 1.0, NOW + step, 0))
 

@@ -47,6 +47,7 @@ class _Writer:
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.entries: list[tuple[str, Any]] = []
+        self.undelivered = False
         self.told: set[str] = set()
         self._journal: Journal | None = None
         self._written = 0.0
@@ -60,6 +61,7 @@ class _Writer:
         # A call may append meanwhile: only what is there now is taken, and only once it has been.
         count = len(self.entries)
         if count:
+            self.undelivered = True
             if self._journal is None:
                 name = f"calls-{time.time_ns():020d}-{os.getpid()}"
                 self._journal = Journal(self.folder.path / name, {"run": self.folder.handle})
@@ -103,7 +105,6 @@ class Calls:
         self._finished = False
         os.register_at_fork(after_in_child=self._begin_anew)
         _everywhere.append(self)
-        self.ensure_sender()
 
     def _begin_anew(self) -> None:
         """What the process that forked this one has not written yet, it will write itself."""
@@ -122,6 +123,7 @@ class Calls:
             self._flush()
 
     def _begin(self, run_id: str) -> _Writer:
+        self.ensure_sender()
         with self._lock:
             writer = self._writers.setdefault(run_id, _Writer(self._outbox.called(run_id)))
             if self._thread is None:
@@ -140,8 +142,8 @@ class Calls:
             NotDelivered: It is not after `TRACKED_READ_TIMEOUT`.
         """
         self._flush()
-        runs = list(self._writers) if run_id is None else [run_id]
-        waiting = [end for each in runs for end in _ends(self._outbox.called(each))]
+        folders = self._undelivered() if run_id is None else [self._outbox.called(run_id)]
+        waiting = [end for folder in folders for end in _ends(folder)]
         seconds = read_timeout()
         late = self._await(waiting, seconds)
         if late:
@@ -189,13 +191,19 @@ class Calls:
                 except SpoolError as error:
                     _tell_once(writer, f"{error}\n  what is logged is kept in memory meanwhile")
 
+    def _undelivered(self) -> list[RunFolder]:
+        """The runs of which something may not be on the server yet."""
+        with self._lock:
+            return [writer.folder for writer in self._writers.values() if writer.undelivered]
+
     def _look_after(self) -> None:
         """Have a sender running while there is work for one, and say what is in its way."""
-        undelivered = False
-        for writer in list(self._writers.values()):
-            if not _ends(writer.folder):
-                continue
-            undelivered = True
+        with self._lock:  # nothing may be flushed between the look and the note
+            found = [writer for writer in self._writers.values() if writer.undelivered]
+            for writer in found:
+                writer.undelivered = bool(_ends(writer.folder))
+        found = [writer for writer in found if writer.undelivered]
+        for writer in found:
             about = writer.folder.about
             if trouble := about.get("trouble"):
                 _tell_once(
@@ -205,10 +213,11 @@ class Calls:
                 )
             if about.get("rejected"):
                 _tell_once(writer, f"left out, as it cannot be delivered: {about.get('rejected_reason')}")
-        if undelivered:
+        if found:
             self.ensure_sender()
 
     def ensure_sender(self) -> None:
+        """Have a sender on its way; called early, because it takes seconds to begin."""
         try:
             sender.ensure(self._outbox, self._tracking_uri)
         except (OSError, SpoolError) as error:
@@ -222,7 +231,7 @@ class Calls:
         if not self._writers:
             return
         self._flush(close=True)
-        waiting = [end for run_id in self._writers for end in _ends(self._outbox.called(run_id))]
+        waiting = [end for folder in self._undelivered() for end in _ends(folder)]
         try:
             late = self._await(waiting, drain_timeout())
         except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-from mlflow.entities import Metric, Param, Run, RunData, RunInfo, RunStatus, RunTag, ViewType
+from mlflow.entities import LifecycleStage, Metric, Param, Run, RunData, RunInfo, RunStatus, RunTag, ViewType
 from mlflow.entities.run_info import check_run_is_active
 from mlflow.environment_variables import MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
 from mlflow.exceptions import MlflowException
@@ -193,6 +193,7 @@ class TrackingStore:
     def create_run(
         self, experiment_id: str, user_id: str, start_time: int, tags: list[RunTag], run_name: str | None
     ) -> Run:
+        self._calls.ensure_sender()
         return self._learn(self._inner.create_run(experiment_id, user_id, start_time, tags, run_name))
 
     def get_run(self, run_id: str) -> Run:
@@ -229,7 +230,11 @@ class TrackingStore:
         return change(run_id, *args)
 
     def _learn(self, run: Run) -> Run:
-        self._runs[run.info.run_id] = _Known(run.info, dict(run.data.params))
+        if run.info.lifecycle_stage == LifecycleStage.ACTIVE:
+            known = self._runs.get(run.info.run_id)
+            # Another thread may have journaled a param since this answer was given.
+            params = {**(known.params if known else {}), **run.data.params}
+            self._runs[run.info.run_id] = _Known(run.info, params)
         return run
 
     def _writable(self, run_id: str) -> _Known:
@@ -238,12 +243,9 @@ class TrackingStore:
         Raises:
             MlflowException: MLflow's own, for a run that does not exist or was deleted.
         """
-        known = self._runs.get(run_id)
-        if known is None:
-            self._learn(self._inner.get_run(run_id))
-            known = self._runs[run_id]
-        check_run_is_active(known.info)
-        return known
+        if run_id not in self._runs:
+            check_run_is_active(self._learn(self._inner.get_run(run_id)).info)
+        return self._runs[run_id]
 
     def _print_address(self, info: RunInfo) -> None:
         """The two lines that MLflow prints at a run's end, for stores of its own alone."""
