@@ -74,6 +74,8 @@ def front(server_uri: str) -> Iterator[FakeFront]:
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
+        ("tracked+http://host:5000/", "http://host:5000"),
+        ("tracked+sqlite:///mlflow.db", "sqlite:////base/mlflow.db"),
         ("http://host:5000/", "http://host:5000"),
         ("HTTP://host/mlflow//", "http://host/mlflow"),
         ("http://host:5000/#/experiments/1/runs/abc", "http://host:5000"),

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.rest_store import RestStore
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.credentials import get_default_host_creds
 
 from tests.processes import Workplace, wait_until
@@ -338,6 +339,26 @@ def test_an_outage_costs_who_logs_nothing(
 
     assert behind_front.get_run(run_id).info.status == "FINISHED"
     assert history(server_uri, run_id) == [(step, NOW, 1.0) for step in range(1000)]
+
+
+def test_mlflows_system_metrics_go_on_over_an_outage(
+    front: FakeFront, behind_front: TrackingStore, server_uri: str
+) -> None:
+    """Its monitor asks after each sample whether the run goes on, and leaves for good when nobody answers."""
+    client = MlflowClient(f"tracked+{front.uri}")
+    run_id = client.create_run("0").info.run_id
+    monitor = SystemMetricsMonitor(
+        run_id, sampling_interval=0.05, samples_before_logging=1, tracking_uri=client.tracking_uri
+    )
+    front.answer("", Answer(503, b"down"))
+    monitor.start()
+    wait_until(lambda: monitor._logging_step >= 5, "samples during the outage")
+    front._rules.clear()
+    monitor.finish()
+
+    client.get_run(run_id)
+    steps = [step for step, _, _ in history(server_uri, run_id, "system/cpu_utilization_percentage")]
+    assert steps == list(range(monitor._logging_step))
 
 
 # -- whole programs
