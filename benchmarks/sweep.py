@@ -144,7 +144,6 @@ def savings(address: str, seeds: int, trials: int, epochs: int) -> list[Row]:
     client = MlflowClient(address)
     trained: dict[str, list[float]] = {name: [] for name in pruners}
     best: dict[str, list[float]] = {name: [] for name in pruners}
-    parents: dict[str, list[str]] = {name: [] for name in pruners}
     for seed in range(seeds):
         for name, pruner in pruners.items():
             line = (*SPACE, "--sampler", "random", "--seed", str(seed), *pruner)
@@ -152,7 +151,6 @@ def savings(address: str, seeds: int, trials: int, epochs: int) -> list[Row]:
             parent = client.get_run(last["run_id"])
             trained[name].append(parent.data.metrics["epochs/trained"])
             best[name].append(parent.data.metrics["best"])
-            parents[name].append(last["run_id"])
             print(seed, name, trained[name][-1], best[name][-1], file=sys.stderr)
     noise = statistics.stdev(best["none"])
     rows = []
@@ -165,22 +163,39 @@ def savings(address: str, seeds: int, trials: int, epochs: int) -> list[Row]:
         lost = statistics.mean(best["none"]) - statistics.mean(best[name])
         within = [] if name == "none" else [Comparison("the noise of seeds, lost", lost / noise, 1.0)]
         rows.append(Row(f"{name}: best accuracy", best[name], "", within))
-    # Until the value that both reach.
-    until: dict[str, list[float]] = {name: [] for name in ("sha, not promoting", "sha")}
-    for seed in range(seeds):
-        target = min(best[name][seed] for name in until)
-        for name, found in until.items():
-            found.append(_epochs_until(client, parents[name][seed], target))
-    plain, ours = until.values()
-    ratio = statistics.median(b / a for a, b in zip(plain, ours, strict=True))
-    rows.append(Row("sha, not promoting: epochs until the best", plain, "epochs"))
-    rows.append(Row("sha: epochs until that", ours, "epochs", [Comparison("not promoting", ratio, 1.0)]))
     return rows
 
 
-def _epochs_until(client: MlflowClient, run_id: str, value: float) -> float:
-    history = client.get_metric_history(run_id, "best")
-    step = next(point.step for point in history if point.value >= value)
+def promotion(address: str, seeds: int, trials: int, epochs: int) -> list[Row]:
+    """Epochs until the best validation loss that halving reaches with promotion and without."""
+    variants: dict[str, tuple[str, ...]] = {"not promoting": ("--no-promote",), "promoting": ()}
+    client = MlflowClient(address)
+    until: dict[str, list[float]] = {name: [] for name in variants}
+    best: dict[str, list[float]] = {name: [] for name in variants}
+    for seed in range(seeds):
+        line = (*SPACE, "--sampler", "random", "--seed", str(seed), "--pruner", "sha")
+        parents = {}
+        for name, options in variants.items():
+            compared = ("--monitor", "val/loss", "--mode", "min", *options)
+            _, last = sweep(address, *line, *compared, trials=trials, epochs=epochs, workers=2)
+            parents[name] = last["run_id"]
+            best[name].append(client.get_run(last["run_id"]).data.metrics["best"])
+        target = max(best[name][-1] for name in variants)
+        for name, parent in parents.items():
+            until[name].append(_epochs_until(client, parent, target))
+        print(seed, {name: (until[name][-1], best[name][-1]) for name in variants}, file=sys.stderr)
+    plain, ours = until.values()
+    ratio = statistics.median(b / a for a, b in zip(plain, ours, strict=True))
+    return [
+        *(Row(f"sha, {name}: best loss", found, "") for name, found in best.items()),
+        Row("sha, not promoting: epochs until the best that both reach", plain, "epochs"),
+        Row("sha, promoting: epochs until that", ours, "epochs", [Comparison("not promoting", ratio, 1.0)]),
+    ]
+
+
+def _epochs_until(client: MlflowClient, run_id: str, loss: float) -> float:
+    history = sorted(client.get_metric_history(run_id, "best"), key=lambda point: point.step)
+    step = next(point.step for point in history if point.value <= loss)
     epochs = {point.step: point.value for point in client.get_metric_history(run_id, "epochs/trained")}
     return epochs[step]
 
@@ -191,13 +206,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="studies of each pruner")
     parser.add_argument("--trials", type=int, default=27, help="trials of each study")
     parser.add_argument("--epochs", type=int, default=9, help="epochs of a trial that nothing stops")
-    parser.add_argument("--only", choices=["costs", "savings"], help="this part alone")
+    parser.add_argument("--only", choices=["costs", "savings", "promotion"], help="this part alone")
     options = parser.parse_args(arguments)
     where = machine()
     with tempfile.TemporaryDirectory() as name, mlflow_server(Path(name) / "server") as address:
-        rows = [] if options.only == "savings" else costs(address, options.repeat)
-        if options.only != "costs":
-            rows += savings(address, options.seeds, options.trials, options.epochs)
+        rows: list[Row] = []
+        if options.only in (None, "costs"):
+            rows += costs(address, options.repeat)
+        for word, part in (("savings", savings), ("promotion", promotion)):
+            if options.only in (None, word):
+                rows += part(address, options.seeds, options.trials, options.epochs)
     print(f"{where}\n\n{table(rows)}")
     return 1 if failed(rows) else 0
 
