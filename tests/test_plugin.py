@@ -210,6 +210,8 @@ def test_the_hugging_face_trainers_own_callback_leaves_the_same_run(remote_workp
     for run in (direct, journaled):
         for key in ("train_runtime", "train_samples_per_second", "train_steps_per_second"):
             del run["metrics"][key]
+        # Logged twice at the last step: within one millisecond MLflow takes that for one point.
+        run["metrics"]["epoch"] = [*dict.fromkeys(run["metrics"]["epoch"])]
     assert journaled == direct
     assert [step for step, _ in direct["metrics"]["loss"]] == list(range(1, 17))
     assert direct["params"]["num_train_epochs"] == "2"

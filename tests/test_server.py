@@ -98,7 +98,7 @@ def test_one_place_has_one_spelling(written: str, meant: str) -> None:
         "./mlruns",
         "file:///tmp/mlruns",
         "ftp://host",
-        "tracked+http://host",
+        "tracked+ftp://host",
         "http://",
         "http://h:x",
         "sqlite://",

@@ -287,7 +287,7 @@ def test_what_was_delivered_without_an_answer_takes_effect_once(
     assert behind_front.get_run(run_id).data.params == {"lr": "0.1"}
 
     assert history(server_uri, run_id) == [(0, NOW + step, 1.0) for step in range(100)]
-    assert front.count("runs/log-batch") >= 5  # of the two, one was sent again three times
+    assert front.count("runs/log-batch") >= 4  # at least one, sent again three times
 
 
 def test_a_sender_that_is_killed_before_it_takes_note_sends_nothing_twice(
