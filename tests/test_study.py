@@ -71,6 +71,30 @@ def test_of_two_machines_that_promote_a_trial_at_once_one_does(opened: Callable[
     assert two.count() == 1
 
 
+def test_of_two_promotions_at_the_same_moment_the_first_counts_for_who_made_it(
+    opened: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = opened(), opened()
+    number = finished(one, 0.5)
+    add = one._study.add_trial
+
+    def add_and_be_followed(row: optuna.trial.FrozenTrial) -> None:
+        add(row)
+        two._study.add_trial(row_of_another(row))
+
+    monkeypatch.setattr(one._study, "add_trial", add_and_be_followed)
+
+    assert one.promote(number, until=9), "the first row is its own, so it trains"
+    assert len(one._study.trials) == 3, "its end, its promotion, and the other's"
+    assert one.running().keys() == {number}
+
+
+def row_of_another(row: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+    """The row that another machine would add for the same promotion."""
+    attributes = {**row.user_attrs, "promoted_by": "another"}
+    return optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs=attributes)
+
+
 def test_a_promotion_that_came_late_takes_no_effect(
     storage: StudyStorage, opened: Callable[..., Study]
 ) -> None:

@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from tracked.server import RunView, Server
 
 POINTS_IN_A_REQUEST = 1000
-FACTS_IN_A_REQUEST = 100
 POLL_SECONDS = 0.05
 GATHER_SECONDS = 1.0
 REQUEST_SECONDS = 5.0
@@ -311,8 +310,9 @@ class Delivery:
                 batch.append(record.body)
                 count += record.body["count"]
             elif record.kind in facts:
-                if not self._go_together(record.kind, facts[record.kind], record.body):
-                    break
+                known = facts["params"] if record.kind == "params" else {}
+                if any(known.get(name, value) != value for name, value in record.body.items()):
+                    break  # a second value of a param is a mistake that stands by itself
                 facts[record.kind] |= record.body
             elif record.kind in ("linked", "status", "damaged"):
                 if end != self.reader.cursor("points"):
@@ -336,11 +336,6 @@ class Delivery:
         self.reader.acknowledge("points", end, count)
         self.tell(points=self.reader.acknowledged, trouble="")
         return True
-
-    def _go_together(self, kind: str, gathered: dict[str, str], more: dict[str, str]) -> bool:
-        """Whether facts fit into the request; a second value of a param is a mistake that stands by itself."""
-        differ = kind == "params" and any(gathered.get(name, value) != value for name, value in more.items())
-        return not gathered or (len({*gathered, *more}) <= FACTS_IN_A_REQUEST and not differ)
 
     def _is_time(self) -> bool:
         """Whether fewer points than fit are worth a request: full ones disturb a training beside the server least."""
@@ -566,10 +561,14 @@ class Delivery:
             crashed = {STATE: "crashed", STOP_REASON: "the training process was killed or died"}
             self._send_end({"status": "FAILED", "end_time": int(time.time() * 1000), "tags": crashed})
         reach("sender.before-delete")
+        self._close()
+        return True
+
+    def _close(self) -> None:
+        """Delete the journal; from here on nothing is told of it."""
         with self._about_lock:
             self._is_closed = True
         shutil.rmtree(self.folder, ignore_errors=True)
-        return True
 
     def _at_end(self) -> bool:
         """Whether both lanes have passed the last whole record, and no picture waits."""
@@ -614,7 +613,7 @@ class CallDelivery(Delivery):
     def close_if_done(self) -> bool:
         if self.reader.is_written() or next(self.reader.records("points"), None) is not None:
             return False
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._close()
         if not self.run.journals() and not (self.run.path / "rejected.jsonl").exists():
             for name in ("run.json", "wanted"):
                 (self.run.path / name).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ _PRUNED_AT = "pruned_at"
 _EPOCHS = "epochs"
 _REASON = "reason"
 _UNTIL = "until"
+_BY = "promoted_by"
 _RUN_ID = "mlflow_run_id"
 _OPTUNAS: dict[State, TrialState] = {
     "running": TrialState.RUNNING,
@@ -125,7 +127,7 @@ class Study:
                 self._study.sampler = self._method.sampler(trial.number)
                 trial = optuna.Trial(self._study, trial._trial_id)  # noqa: SLF001
             trial.set_user_attr(RUN, trial.number)
-            before = sum(number < trial.number for number in self._counted())
+            before = sum(number < trial.number for number in self._newest_rows())
             if most is not None and before >= most:  # another machine has asked at the same moment
                 self._lose(trial)
                 return None
@@ -148,7 +150,14 @@ class Study:
         frozen = self._newest(number)
         if not frozen.state.is_finished():
             return False
-        attributes = {**frozen.user_attrs, PROMOTED_FROM: frozen.number, RUN: number, _UNTIL: until}
+        ours = uuid.uuid4().hex
+        attributes = {
+            **frozen.user_attrs,
+            PROMOTED_FROM: frozen.number,
+            RUN: number,
+            _UNTIL: until,
+            _BY: ours,
+        }
         for name in (_PRUNED_AT, _REASON):
             attributes.pop(name, None)
         template = create_trial(
@@ -165,7 +174,7 @@ class Study:
         for late in rows[1:]:
             if not late.state.is_finished():
                 self._lose(optuna.Trial(self._study, late._trial_id))  # noqa: SLF001
-        return len(rows) == 1
+        return bool(rows[0].user_attrs[_BY] == ours)
 
     def _lose(self, trial: optuna.Trial) -> None:
         """Have a row count for nothing."""
@@ -279,7 +288,7 @@ class Study:
     def trials(self) -> list[Trial]:
         """A row for each, by their numbers."""
         rows = self._newest_rows()
-        return [_row(number, rows[number]) for number in sorted(self._counted())]
+        return [_row(number, rows[number]) for number in sorted(rows)]
 
     def running(self) -> dict[int, float]:
         """Numbers of the trials that have not ended, and when they began: seconds since the epoch."""
@@ -291,10 +300,7 @@ class Study:
 
     def count(self) -> int:
         """How many trials were asked for, whoever asked."""
-        return len(self._counted())
-
-    def _counted(self) -> list[int]:
-        return [*self._newest_rows()]
+        return len(self._newest_rows())
 
     def promotable(self) -> list[int]:
         """Pruned trials that deserve to go on by what the others have reached since, best first."""

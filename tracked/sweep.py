@@ -355,15 +355,9 @@ class _Coordinator:
                 return None
             try:
                 order = self._order(number)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the user's suggest(), or params that refuse a combination
                 self._tell(number, "failed", reason=f"{type(error).__name__}: {error}")
-                self._in_vain += 1
-                if self._in_vain > self._request.max_retries:
-                    raise UsageError(
-                        f"{self._in_vain} trials in a row could not begin: {error}",
-                        expected="params that the experiment takes",
-                        try_next=f"python -m tracked.run train {self._experiment.path.name}, with such params",
-                    ) from error
+                self._count_in_vain(f"trials cannot begin: {error}", "params that the experiment takes")
                 continue
             self._in_vain = 0
             return order
@@ -510,14 +504,19 @@ class _Coordinator:
             else:
                 self._waiting.insert(0, order.number)
         elif not hand.is_ready:
-            self._in_vain += 1
-            if self._in_vain > self._request.max_retries:
-                raise UsageError(
-                    f"workers die before they have a trial (status {status}); see above",
-                    expected="processes that can import the experiment",
-                    try_next=f"python -m tracked.run train {self._experiment.path.name}",
-                )
+            found = f"workers die before they have a trial (status {status}); see above"
+            self._count_in_vain(found, "processes that can import the experiment")
         self._crew.replace(hand)
+
+    def _count_in_vain(self, found: str, expected: str) -> None:
+        """Take note that nothing came of something; too often without a trial between, it never will."""
+        self._in_vain += 1
+        if self._in_vain > self._request.max_retries:
+            raise UsageError(
+                found,
+                expected=expected,
+                try_next=f"python -m tracked.run train {self._experiment.path.name}",
+            )
 
     def _take_overs(self) -> None:
         """Tell the study which trials are over; those whose runs must be read wait for the server, and nobody else."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tracked import ranking
 from tracked.attempts import Say, begin, begin_or_take_over
@@ -50,26 +51,16 @@ class Parent:
             **{name: value for name, _, value in (word.partition("=") for word in plan.fixed)},
             **{name: str(dimension) for name, dimension in plan.space.items()},
         }
-        tags = {**tags, SWEEP: json.dumps(plan.record)}
+        where: dict[str, Any] = {
+            "experiment": plan.experiment,
+            "name": plan.name,
+            "tags": {**tags, SWEEP: json.dumps(plan.record)},
+            "params": shown,
+        }
         if is_new:
-            attempt = begin(
-                request.place,
-                handle=plan.handle,
-                experiment=plan.experiment,
-                name=plan.name,
-                tags=tags,
-                params=shown,
-            )
+            attempt = begin(request.place, handle=plan.handle, **where)
         else:
-            attempt, _ = begin_or_take_over(
-                request.place,
-                plan.handle,
-                say,
-                experiment=plan.experiment,
-                name=plan.name,
-                tags=tags,
-                params=shown,
-            )
+            attempt, _ = begin_or_take_over(request.place, plan.handle, say, **where)
         # On from the last one there: how many trials had ended by then may come again, as some go on.
         self._records = max((max(points, default=0) for points in attempt.replay.values()), default=0)
         self.run = Run(attempt, Settings(**plan.settings), drain_timeout=request.drain_timeout)

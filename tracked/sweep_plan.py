@@ -134,7 +134,8 @@ class Plan:
         )
         method.sampler(0)  # its options are checked before there is anything to undo
         experiment_name = request.experiment_name or experiment.path.stem
-        asked = [*words, *map(str, (request.sampler, request.sampler_options, request.pruner)), str(settings)]
+        method_words = (request.sampler, *request.sampler_options, request.pruner, *request.pruner_options)
+        asked = [*words, *method_words, str(settings)]
         name = request.study_name
         if name is None and request.storage is not None:
             # The same line on another machine, or once more, means the same study.
