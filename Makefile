@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint chaos bench clean
+.PHONY: help demo test test-ui screenshots lint chaos bench clean
 
 help: ## lists the targets
-	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .venv: $(STAMP) ## installs everything into .venv
 
@@ -18,6 +18,12 @@ demo: $(STAMP) ## trains, kills a training, resumes it, and proves that nothing 
 
 test: lint ## ruff, mypy and pytest
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 25
+
+test-ui: $(STAMP) ## looks at MLflow's pages in Chromium, and keeps what it sees in build/screenshots
+	$(BIN)/python -m pytest -m ui --durations 5 tests/test_ui.py
+
+screenshots: test-ui ## the same, and renews the pictures in docs/images
+	$(BIN)/python -m tests.screenshots
 
 lint: $(STAMP) ## ruff and mypy alone
 	$(BIN)/ruff check .

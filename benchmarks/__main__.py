@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import checkpoint, loop, overhead, startup
+from benchmarks import checkpoint, compare, loop, overhead, startup
 from benchmarks.measure import failed, machine, table
 
 
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *loop.measure(options.repeat),
         *checkpoint.measure(options.repeat, checkpoint.STEPS, checkpoint.EVERY, "server", options.workers),
         *startup.measure(options.repeat),
+        *compare.measure(options.repeat, options.workers),
     ]
     print(f"{where}\n\n{table(rows)}")
     missed = failed(rows)

@@ -97,6 +97,30 @@ def test_a_run_of_another_tool_is_left_alone(trained: Trained, command: str) -> 
     assert client.get_run(theirs).data.tags.get("tracked.state") is None
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["--state", "sleeping"], ["there is no state 'sleeping'", "running, paused, finished"]),
+        (["--filter", "nonsense"], ["MLflow refuses the filter 'nonsense'", "Invalid clause(s)", "AND"]),
+        (
+            ["--filter", "params.lr = 0.1"],
+            ["Expected a quoted string value for parameter", "params.lr = '0.01'"],
+        ),
+        (["--sort-by", "val/los"], ["no run has a metric 'val/los'", "train/loss, val/loss", "show last"]),
+        (["--descending"], ["--descending needs a metric", "--sort-by METRIC"]),
+    ],
+)
+def test_what_list_cannot_look_for_is_told(trained: Trained, line: list[str], words: list[str]) -> None:
+    assert_told(trained.run("list", *line), 2, *words)
+
+
+def test_a_comparison_of_less_than_two_runs_is_told(trained: Trained) -> None:
+    assert_told(trained.run("compare", "last"), 2, "there is one run to compare", "two different", "run list")
+    assert_told(trained.run("compare", "last", "nobody"), 2, "there is no run 'nobody'", "run list")
+    absent = trained.run("compare", "--experiment", "chess")
+    assert_told(absent, 2, "there is no experiment 'chess'", "one of ", "run list")
+
+
 def test_a_run_without_a_checkpoint_cannot_be_resumed(trained: Trained) -> None:
     failing = EXPERIMENT.replace(
         "    model = ", "    raise ValueError('before the first checkpoint')\n    model = "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +29,7 @@ from tests.servers import MlflowServer, free_port
 from tracked import inspection, upkeep
 from tracked.errors import RunNotFound, RunNotResumable, ServerUnavailable
 from tracked.journal import Journal
-from tracked.names import CHECKPOINT, HANDLE, HEARTBEAT, STATE, attempt_param
+from tracked.names import CHECKPOINT, HANDLE, HEARTBEAT, SETTINGS, STATE, attempt_param
 from tracked.packing import pack
 from tracked.place import Place
 from tracked.server import RunView, Server
@@ -41,6 +43,7 @@ COMMANDS = [
     "stop",
     "list",
     "show",
+    "compare",
     "verify",
     "export",
     "sync",
@@ -206,6 +209,74 @@ def test_list_takes_an_experiment_and_a_limit(workplace: Workplace) -> None:
         run.run_id for run in runs
     }
     assert inspection.listing(place, "another", 9, silent) == []
+
+
+def test_list_takes_a_state_which_is_the_true_one(workplace: Workplace) -> None:
+    now = int(time.time() * 1000)
+    tags = [{STATE: "finished"}, {STATE: "paused"}, {STATE: "running", HEARTBEAT: str(now)}]
+    finished, paused, running = (logged_run(workplace, **each) for each in tags)
+    lost = logged_run(workplace, **{STATE: "running", HEARTBEAT: "1"})
+    later = [logged_run(workplace, **{STATE: "finished"}) for _ in range(2)]
+    place = place_of(workplace)
+
+    def listed(state: str, limit: int = 9) -> list[str]:
+        return [each.run_id for each in inspection.listing(place, None, limit, silent, state=state)]
+
+    assert listed("paused", 1) == [paused.run_id], "the limit counts what passes the filter"
+    assert listed("running") == [running.run_id]
+    assert listed("lost") == [lost.run_id]
+    assert {*listed("finished")} == {finished.run_id, *(run.run_id for run in later)}
+    assert listed("pruned") == []
+
+
+def test_list_takes_a_filter_and_sorts_by_a_metrics_last_value(workplace: Workplace) -> None:
+    server, place = Server(workplace.tracking_uri), place_of(workplace)
+    runs = {}
+    for name, value in {"b": 0.2, "nan": math.nan, "a": 0.1, "c": 0.3}.items():
+        runs[name] = logged_run(workplace).run_id
+        server.log_points(runs[name], [("val/loss", 1, 1, 9.0), ("val/loss", 2, 2, value)])
+    runs["none"] = logged_run(workplace).run_id
+    names = {run_id: name for name, run_id in runs.items()}
+
+    def listed(limit: int = 9, **which: Any) -> list[str]:
+        return [names[each.run_id] for each in inspection.listing(place, None, limit, silent, **which)]
+
+    assert listed(sort_by="val/loss")[:3] == ["a", "b", "c"]
+    assert {*listed(sort_by="val/loss")[3:]} == {"nan", "none"}
+    assert listed(sort_by="val/loss", descending=True)[:3] == ["c", "b", "a"]
+    assert listed(2, sort_by="val/loss", descending=True) == ["c", "b"]
+    assert {*listed(only="metrics.`val/loss` < 0.25")} == {"a", "b"}
+    assert listed(only='metrics."val/loss" > 0.05', sort_by="val/loss", limit=1) == ["a"]
+    found = inspection.listing(place, None, 2, silent, sort_by="val/loss")
+    assert inspection.table(found, "val/loss").splitlines()[0].split() == [
+        *("run", "state", "experiment", "name", "step", "val/loss", "age")
+    ]
+
+
+def test_the_best_in_a_list_is_the_best_of_the_history(remote_workplace: Workplace) -> None:
+    for workplace in (
+        remote_workplace,
+        Workplace(remote_workplace.path, f"sqlite:///{remote_workplace.path}/db"),
+    ):
+        experiment, server = f"best-{os.urandom(4).hex()}", Server(workplace.tracking_uri, timeout=30)
+        for mode in ("min", "max"):
+            settings = json.dumps({"monitor": "val/f1", "mode": mode})
+            run = server.create_run(
+                experiment=experiment,
+                handle=os.urandom(16).hex(),
+                name=mode,
+                start_time=1,
+                tags={SETTINGS: settings},
+            )
+            values = (0.5, math.nan, 0.25, 0.75, 0.6)
+            server.log_points(run.run_id, [("val/f1", at, at, value) for at, value in enumerate(values)])
+
+        found = inspection.listing(place_of(workplace), experiment, 9, silent)
+
+        assert {each.name: (each.best, each.last) for each in found} == {
+            "min": (0.25, 0.6),
+            "max": (0.75, 0.6),
+        }
 
 
 def test_runs_of_others_are_neither_listed_nor_verified(workplace: Workplace) -> None:
@@ -537,9 +608,10 @@ def test_gc_removes_an_empty_outbox_of_an_earlier_boot_and_no_other(workplace: W
 
 @pytest.fixture
 def served_ui(finished: tuple[Workplace, str]) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    """A UI that answers, and its port."""
+    """A UI that answers, and its port; it was asked for by the address that other MLflow code uses."""
     port = free_port()
-    process = finished[0].start("ui", "--port", port)
+    through_the_journal = {"MLFLOW_TRACKING_URI": f"tracked+{finished[0].tracking_uri}"}
+    process = finished[0].start("ui", "--port", port, env=through_the_journal)
     assert process.stdout is not None
     try:
         assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}")
@@ -597,10 +669,13 @@ def test_the_ui_without_a_database_says_what_to_do(workplace: Workplace) -> None
     assert "python -m tracked.run train" in result.stderr
 
 
-def test_the_ui_of_a_server_is_its_address_without_the_password(workplace: Workplace) -> None:
-    result = workplace.tracked("ui", env={"MLFLOW_TRACKING_URI": "http://me:secret@example.org:5000"})
+@pytest.mark.parametrize("plugin", ["", "tracked+"])
+def test_the_ui_of_a_server_is_its_address_without_the_password(workplace: Workplace, plugin: str) -> None:
+    result = workplace.tracked(
+        "ui", env={"MLFLOW_TRACKING_URI": f"{plugin}http://me:secret@example.org:5000"}
+    )
 
-    assert "http://example.org:5000" in result.stdout
+    assert result.stdout.startswith("http://example.org:5000 ")
     assert "secret" not in result.stdout + result.stderr
 
 

@@ -19,8 +19,9 @@ from tests.processes import Workplace
 from tests.test_commands import place_of, silent, view_of
 from tracked import checkpoint
 from tracked.errors import CheckpointError, UsageError
-from tracked.export import _separate, _without_package, export
+from tracked.export import _separate, export
 from tracked.names import FILE, MANIFEST
+from tracked.packaging import without_package
 from tracked.spool import read_json
 from tracked.training import compare_states
 
@@ -376,7 +377,7 @@ def test_tensors_that_share_memory_are_separated_with_their_values() -> None:
 )
 def test_a_copied_file_imports_what_it_did_but_this_package(line: str) -> None:
     source = f'"""Doc."""\nfrom __future__ import annotations\n{line}\nafter = 1\n'
-    standing = _without_package(source)
+    standing = without_package(source)
     script = f"{standing}\nimport sys; assert 'tracked' not in sys.modules; print(after, 'math' in globals())"
 
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)

@@ -19,17 +19,19 @@ PACKAGE = ROOT / "tracked"
 ROWS = """
 errors
 failpoints names address packing params provenance schedule stopping children deferred_compiler tables plots trials
-spool space ranking trial_runs
-journal archive sweep_plots
-server seeding points state
-data sender freezing search
-streams groups place calls checkpoint experiment storage
+spool space ranking trial_runs allocator resumption description confusion
+journal archive sweep_plots flavour system_metrics
+server seeding points state delivery
+data call_delivery freezing search datasets
+streams groups sender experiment storage
+place checkpoint
+calls
 pipe store
 tracking progress
 attempts loop inspection
-retrieval
-forking
-training upkeep finetune command tensors plugin
+retrieval logged_run packaging
+forking lightning transformers modelling
+training upkeep finetune command tensors plugin comparison
 export study worker
 crew sweep_plan
 sweep_parent
@@ -40,7 +42,7 @@ run __main__
 
 # Libraries that take seconds, or that not everybody has: who may import them at all.
 ALLOWED = {
-    "mlflow": {"server", "store"},
+    "mlflow": {"server", "store", "transformers", "flavour"},
     "optuna": {"search", "storage", "study"},
     "matplotlib": {"plots", "sweep_plots"},
     "click": {"cli"},
@@ -48,6 +50,7 @@ ALLOWED = {
     "torch": {
         *("seeding", "points", "state", "data", "streams", "checkpoint", "tracking", "loop", "training"),
         *("freezing", "groups", "finetune", "deferred_compiler", "tensors", "export", "crew"),
+        *("confusion", "datasets", "packaging", "modelling", "flavour"),
     },
     "safetensors": {"export", "finetune"},
 }

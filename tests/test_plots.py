@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from tracked.plots import History, curves, gap, png, thinned
+from tracked.plots import History, confusion, curves, gap, overlaid, png, thinned
 
 # Okabe and Ito, Color Universal Design (2008).
 OKABE_ITO = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
@@ -193,12 +193,8 @@ def test_a_scale_is_logarithmic_where_positive_values_span_two_decades(
     assert curves([{"train/loss": history(values)}]).axes[0].get_yscale() == scale
 
 
-def test_every_word_is_legible_when_the_picture_is_300_pixels_wide() -> None:
-    figure = curves(
-        [{"train/loss": TRAIN, "val/loss": VAL}, {"val/accuracy": VAL}], title="a run", best_step=20
-    )
-    drawn(figure)
-
+def assert_legible(figure: Figure) -> None:
+    """As a thumbnail of 300 pixels, and within the picture."""
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         assert float(text.get_fontsize()) / 72 * 300 / figure.get_figwidth() > 8, text.get_text()
@@ -207,6 +203,78 @@ def test_every_word_is_legible_when_the_picture_is_300_pixels_wide() -> None:
     assert around.y0 >= 0
     assert around.x1 <= figure.get_figwidth()
     assert around.y1 <= figure.get_figheight()
+
+
+def test_every_word_is_legible_when_the_picture_is_300_pixels_wide() -> None:
+    figure = curves(
+        [{"train/loss": TRAIN, "val/loss": VAL}, {"val/accuracy": VAL}], title="a run", best_step=20
+    )
+    drawn(figure)
+
+    assert_legible(figure)
+
+
+def test_runs_keep_their_colours_in_every_panel_and_all_but_seven_are_grey() -> None:
+    labels = [f"run {number}" for number in range(9)]
+    figure = overlaid({"val/loss": [VAL] * 9, "train/loss": [TRAIN] * 9}, labels)
+
+    above, below = (
+        [to_hex(line(axes, f"{key} of {label}").get_color()) for label in labels]
+        for axes, key in zip(figure.axes, ("val/loss", "train/loss"), strict=True)
+    )
+    assert above == below
+    assert {*above[:7]} <= OKABE_ITO
+    assert len({*above[:7]}) == 7
+    assert above[7] == above[8] == "#bbbbbb"
+    assert places(line(figure.axes[0], "val/loss of run 3")) == [(step, value) for step, _, value in VAL]
+
+
+def test_runs_with_odd_names_and_little_data_are_drawn_and_every_word_is_legible() -> None:
+    histories = [VAL, [], VAL[:1], history([math.nan, 1.0]), history([1e300, -1e300] * 200)]
+    labels = ["$odd_{name$", "", "b", "c", "a name that is far longer than any legend has room for"]
+    figure = overlaid({f"key {number}": histories for number in range(6)}, labels, title="x" * 90)
+    drawn(figure)
+
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["c: 1 not finite"]
+    assert_legible(figure)
+
+
+def test_a_learning_rate_holds_until_it_changes_and_to_the_end() -> None:
+    rates = {"lr/body": [(1, 0, 0.1), (20, 0, 0.01)], "lr/head": [(1, 0, 0.5)]}
+    _, below = curves([{"train/loss": TRAIN}, rates], best_step=20).axes
+
+    assert places(line(below, "lr/body")) == [(1, 0.1), (20, 0.01), (40, 0.01)]
+    assert places(line(below, "lr/head")) == [(1, 0.5), (40, 0.5)]
+    assert {line(below, key).get_drawstyle() for key in rates} == {"steps-post"}
+    assert len({to_hex(line(below, key).get_color()) for key in rates}) == 2
+
+
+def texts(figure: Figure) -> list[str]:
+    return [each.get_text() for each in figure.axes[0].texts]
+
+
+def test_a_confusion_matrix_tells_each_class_share_of_what_it_is_taken_for() -> None:
+    figure = confusion(
+        [[3, 1, 0], [0, 2, 0], [0, 0, 0]], classes=["ant", "bee", "cat"], title="a run", step=7
+    )
+    (axes,) = figure.axes
+
+    (image,) = axes.images
+    assert np.asarray(image.get_array()).tolist() == [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]]
+    assert texts(figure) == ["75", "25", "100"]
+    assert [each.get_text() for each in axes.get_yticklabels()] == ["ant", "bee", "cat"]
+    assert axes.get_title("left") == "a run\n83.3 % right at best step 7"
+    drawn(figure)
+
+
+@pytest.mark.parametrize("number", [2, 10, 12, 13, 30])
+def test_a_confusion_matrix_is_legible_with_any_number_of_classes(number: int) -> None:
+    names = [f"a class called {each}" for each in range(number)]
+    figure = confusion(np.eye(number, dtype=int).tolist(), classes=names, title="a run")
+    drawn(figure)
+
+    assert len(texts(figure)) == (number if number <= 12 else 0)
+    assert_legible(figure)
 
 
 def test_drawing_leaves_no_trace_in_matplotlib() -> None:

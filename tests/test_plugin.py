@@ -171,21 +171,7 @@ HUGGING_FACE = """
     import mlflow
     import transformers
 
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self):
-            return 64
-
-        def __getitem__(self, index):
-            x = torch.randn(4, generator=torch.Generator().manual_seed(index))
-            return {"x": x, "labels": x.sum(0, keepdim=True)}
-
-    class WithLoss(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = torch.nn.Linear(4, 1)
-
-        def forward(self, x, labels):
-            return {"loss": torch.nn.functional.mse_loss(self.net(x), labels)}
+    from tests.trainings_of_others import Rows, WithLoss
 
     mlflow.set_experiment("hugging-face")
     torch.manual_seed(0)

@@ -83,7 +83,7 @@ def test_all_blocks_are_run_or_say_that_they_are_output() -> None:
     fences = re.findall(r"^ *(?:```|~~~)(.*)$", README, re.MULTILINE)
 
     assert len(fences) == 2 * len(ANY_BLOCK.findall(README))
-    assert {language for language, _ in ANY_BLOCK.findall(README)} == {"bash", "python", "text"}
+    assert {language for language, _ in ANY_BLOCK.findall(README)} == {"bash", "diff", "python", "text"}
     run_here = {"tracked", "An experiment file", "Sweeps", "Your own loop"}
     assert {
         name for name, text in SECTIONS.items() if re.search(r"^```(bash|python)", text, re.MULTILINE)
@@ -145,6 +145,7 @@ def test_the_tables_examples_work_in_their_order(folder: Path, nursery: Nursery)
         "fork",
         "pause",
         "list",
+        "compare",
         "show",
         "export",
         "verify",
@@ -165,7 +166,10 @@ def test_the_tables_examples_work_in_their_order(folder: Path, nursery: Nursery)
 def test_every_option_and_variable_that_is_named_exists(folder: Path) -> None:
     helps = "".join(
         execute(folder, sys.executable, "-m", "tracked.run", command, "--help").output
-        for command in ("train", "resume", "sweep", "fork", "pause", "show", "export", "sync", "gc", "ui")
+        for command in (
+            *("train", "resume", "sweep", "fork", "pause", "list", "compare", "show", "export", "sync"),
+            *("gc", "ui"),
+        )
     )
     code = "".join(path.read_text() for path in (ROOT / "tracked").glob("*.py"))
 
@@ -178,7 +182,7 @@ def test_every_option_and_variable_that_is_named_exists(folder: Path) -> None:
 def test_what_is_made_by_make_is_a_target_and_links_lead_somewhere() -> None:
     makefile = (ROOT / "Makefile").read_text()
 
-    for target in re.findall(r"`make (\w+)`", README):
+    for target in re.findall(r"`make ([\w-]+)`", README):
         assert f"\n{target}:" in makefile
     for link in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / link).exists(), link

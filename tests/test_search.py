@@ -424,8 +424,8 @@ BAD = [frozen(number, {1: 9.0}, PRUNED) for number in range(10, 15)]
     ],
 )
 def test_what_was_stopped_too_early_is_promotable(trials: list[FrozenTrial], numbers: list[int]) -> None:
-    assert promotable(trials, SuccessiveHalving(), "minimize") == numbers
-    assert promotable(trials, optuna.pruners.MedianPruner(), "minimize") == []
+    assert promotable(trials, SuccessiveHalving(), "minimize", "after") == numbers
+    assert promotable(trials, optuna.pruners.MedianPruner(), "minimize", "after") == []
 
 
 def test_a_promoted_trial_and_the_one_it_goes_on_with_count_once() -> None:
@@ -433,8 +433,10 @@ def test_a_promoted_trial_and_the_one_it_goes_on_with_count_once() -> None:
     promoted = frozen(5, {1: 1.0, 2: 1.0}, RUNNING, run="a")
     trials = [stopped, promoted, frozen(1, {1: 2.0}, PRUNED), newcomer := frozen(6, {1: 0.0})]
 
-    assert promotable(trials, SuccessiveHalving(), "minimize") == []  # of three, the newcomer is the best
-    assert promotable(trials, SuccessiveHalving(reduction_factor=2), "minimize") == []
+    assert (
+        promotable(trials, SuccessiveHalving(), "minimize", "after") == []
+    )  # of three, the newcomer is the best
+    assert promotable(trials, SuccessiveHalving(reduction_factor=2), "minimize", "after") == []
     assert not SuccessiveHalving().stops(trials, newcomer, "minimize")
 
 
@@ -442,21 +444,24 @@ values = st.sampled_from([0.0, 1.0, 2.0, 3.0, NAN, math.inf]) | st.floats(0, 1)
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), factor=st.integers(2, 4), direction=st.sampled_from(["minimize", "maximize"]))
+@given(
+    data=st.data(), factor=st.integers(2, 4), direction=st.sampled_from(["minimize", "maximize"]), waits=...
+)
 def test_in_the_end_the_best_of_every_rung_have_passed_it_and_no_epoch_was_trained_twice(
-    data: st.DataObject, factor: int, direction: search.Direction
+    data: st.DataObject, factor: int, direction: search.Direction, waits: bool
 ) -> None:
     """Whatever the curves are, and in whatever order trials report: with promotion, none ends too early."""
     epochs, sign = 9, -1 if direction == "maximize" else 1
     curves = data.draw(st.lists(st.lists(values, min_size=epochs, max_size=epochs), min_size=1, max_size=12))
-    halving = SuccessiveHalving(min_resource=1, reduction_factor=factor)
+    halving = SuccessiveHalving(min_resource=1, reduction_factor=factor, waits=waits)
     trials = [frozen(number, {}, run=str(number)) for number in range(len(curves))]
     trained = dict.fromkeys(range(len(curves)), 0)
     while True:
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         if not running:
-            waiting = promotable(trials, halving, direction)
-            if not waiting:
+            turns = (promotable(trials, halving, direction, turn) for turn in ("before", "after"))
+            waiting = next(filter(None, turns), None)
+            if waiting is None:
                 break
             run = trials[waiting[0]].user_attrs[search.RUN]
             trials.append(frozen(len(trials), {}, run=run))
@@ -483,6 +488,29 @@ def test_in_the_end_the_best_of_every_rung_have_passed_it_and_no_epoch_was_train
         rung *= factor
 
 
+def test_where_stops_are_not_final_the_first_trials_wait_for_each_other() -> None:
+    halving = SuccessiveHalving(waits=True)
+    first, second, third = (frozen(number, {1: value}) for number, value in enumerate([2.0, 1.0, 3.0]))
+
+    assert halving.stops([first], first, "minimize")
+    first.state = PRUNED
+    assert halving.stops([first, second], second, "minimize")
+    second.state = PRUNED
+    assert promotable([first, second], halving, "minimize", "before") == []
+    assert promotable([first, second], halving, "minimize", "after") == [
+        0,
+        1,
+    ]  # either was the best when it came
+
+    assert halving.stops([first, second, third], third, "minimize")
+    third.state = PRUNED
+    assert promotable([first, second, third], halving, "minimize", "before") == [1]
+    assert promotable([first, second, third], halving, "minimize", "after") == [1, 0]
+    fourth = frozen(3, {1: 0.0})
+    assert not halving.stops([first, second, third, fourth], fourth, "minimize")
+    assert not SuccessiveHalving().stops([frozen(0, {1: 2.0})], frozen(0, {1: 2.0}), "minimize")
+
+
 def test_a_study_of_optunas_own_stops_and_promotes() -> None:
     study = optuna.create_study(pruner=search.make_pruner("sha", []), direction="maximize")
     for number, accuracy in enumerate([0.9, 0.5, 0.6, 0.4, 0.3, 0.2]):
@@ -492,7 +520,10 @@ def test_a_study_of_optunas_own_stops_and_promotes() -> None:
         assert trial.should_prune() == (number > 0)
         study.tell(trial, state=TrialState.PRUNED) if number else None
 
-    assert promotable(study.trials, study.pruner, search.direction_of(study)) == [2]
+    assert promotable(study.trials, study.pruner, "maximize", "after") == [2]
+    assert (
+        promotable(study.trials, study.pruner, "maximize", "before") == []
+    )  # it is not the best of its rung
 
     study.add_trial(
         create_trial(
@@ -501,4 +532,4 @@ def test_a_study_of_optunas_own_stops_and_promotes() -> None:
             user_attrs={search.RUN: "run-2", search.PROMOTED_FROM: 2},
         )
     )
-    assert promotable(study.trials, study.pruner, "maximize") == []
+    assert promotable(study.trials, study.pruner, "maximize", "after") == []

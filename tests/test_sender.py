@@ -24,10 +24,11 @@ from tests.nursery import Nursery
 from tests.processes import Workplace, wait_until
 from tests.proofs import assert_whole, curves, handle_of, only_run, run_id_of, told, until_committed
 from tests.servers import Answer, FakeFront, MlflowServer, Request, _Rule
-from tracked import sender
+from tracked import delivery, sender
+from tracked.delivery import Delivery
 from tracked.journal import Journal
 from tracked.packing import pack
-from tracked.sender import Delivery, Sender
+from tracked.sender import Sender
 from tracked.server import Server
 from tracked.spool import Lock, RunFolder, open_outbox
 
@@ -353,6 +354,50 @@ def tags(client: MlflowClient, writing: Writing) -> dict[str, str]:
     return dict(client.get_run(run_id).data.tags) if run_id else {}
 
 
+INPUT = {
+    "name": "digits",
+    "digest": "0123456789abcdef",
+    "schema": "{}",
+    "profile": "{}",
+    "context": "training",
+}
+
+
+@pytest.mark.parametrize("path", ["runs/log-inputs", "runs/log-batch"])
+def test_a_killed_training_is_described_and_its_data_named_once_whatever_answer_is_lost(
+    post: Post, front: FakeFront, server_uri: str, path: str
+) -> None:
+    writing = post.writing()
+    front.drop_answer(path)
+    writing.append("inputs", [INPUT])
+    writing.points("loss", 0, 10)
+    writing.journal.close()  # without an end: the training is gone
+    with post:
+        writing.delivered()
+    run = delivered(post, server_uri)
+    assert run.inputs is not None
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("digits", "0123456789abcdef")
+    assert curves(server_uri, run.info.run_id) == {"loss": points(10)}
+    text = run.data.tags["mlflow.note.content"]
+    assert "the last one crashed (the training process was killed or died)" in text
+    assert f"python -m tracked.run resume {run.info.run_id}" in text
+
+
+def test_a_description_that_a_person_has_written_or_deleted_stays_so(post: Post, server_uri: str) -> None:
+    client = MlflowClient(server_uri)
+    for words in ("my own words", ""):
+        post.experiment = f"sender {uuid.uuid4().hex}"
+        writing = post.writing()
+        with post:
+            writing.points("loss", 0, 1)
+            wait_until(lambda writing=writing: writing.folder.about.get("run_id"), "the run")  # type: ignore[misc]
+            client.set_tag(writing.folder.about["run_id"], "mlflow.note.content", words)
+            writing.end()
+            writing.delivered()
+        assert delivered(post, server_uri).data.tags["mlflow.note.content"] == words
+
+
 def test_superseded_checkpoints_are_deleted_on_the_server_and_nothing_else(
     post: Post, server_uri: str
 ) -> None:
@@ -391,8 +436,8 @@ def test_facts_travel_with_the_points_beside_them(post: Post, front: FakeFront, 
 def test_of_checkpoints_that_come_faster_than_they_are_sent_the_newest_is_next(
     post: Post, front: FakeFront, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sender, "UPLOAD_REST", 1e6)
-    monkeypatch.setattr(sender, "LONGEST_UPLOAD_REST", 60.0)
+    monkeypatch.setattr(delivery, "UPLOAD_REST", 1e6)
+    monkeypatch.setattr(delivery, "LONGEST_UPLOAD_REST", 60.0)
     writing = post.writing()
     with post:
         for step in range(1, 9):

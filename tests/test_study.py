@@ -35,7 +35,7 @@ def opened(storage: StudyStorage) -> Callable[..., Study]:
             sampler=lambda number: make_sampler("grid", [], seed=0, number=number, space=SPACE),
             pruner=chosen,
             suggest=lambda trial: suggest(trial, SPACE),
-            promotable=lambda rows: promotable(rows, chosen, "maximize"),
+            promotable=lambda rows, turn: promotable(rows, chosen, "maximize", turn),
         )
         return Study(storage.backend, name, "max", method, {"name": name})
 

@@ -13,21 +13,39 @@ if TYPE_CHECKING:
     from tracked.errors import TrackedError
     from tracked.experiment import Task
     from tracked.groups import param_groups
+    from tracked.logged_run import LoggedRun, fetch_checkpoint
+    from tracked.resumption import resumed_run_id
     from tracked.tracking import Paused, Run
     from tracked.training import fit, start
     from tracked.training import resume_run as resume
 
 __version__ = "0.1.0"
-__all__ = ["Paused", "Run", "Task", "TrackedError", "finetune", "fit", "param_groups", "resume", "start"]
+__all__ = [
+    "LoggedRun",
+    "Paused",
+    "Run",
+    "Task",
+    "TrackedError",
+    "fetch_checkpoint",
+    "finetune",
+    "fit",
+    "param_groups",
+    "resume",
+    "resumed_run_id",
+    "start",
+]
 
 _HOMES = {
+    "LoggedRun": ("tracked.logged_run", "LoggedRun"),
     "Paused": ("tracked.tracking", "Paused"),
     "Run": ("tracked.tracking", "Run"),
     "Task": ("tracked.experiment", "Task"),
     "TrackedError": ("tracked.errors", "TrackedError"),
+    "fetch_checkpoint": ("tracked.logged_run", "fetch_checkpoint"),
     "fit": ("tracked.training", "fit"),
     "param_groups": ("tracked.groups", "param_groups"),
     "resume": ("tracked.training", "resume_run"),
+    "resumed_run_id": ("tracked.resumption", "resumed_run_id"),
     "start": ("tracked.training", "start"),
 }
 

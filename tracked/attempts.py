@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tracked import sender, spool
+from tracked import delivery, sender, spool
 from tracked.address import redact
 from tracked.checkpoint import load
 from tracked.errors import (
@@ -44,12 +44,14 @@ from tracked.names import (
     STOP_REASON,
     attempt_param,
     folder_name,
+    is_system,
     newest_attempt,
     step_of,
 )
 from tracked.pipe import Attempt, shown_params
 from tracked.place import Place
 from tracked.points import Replay
+from tracked.resumption import pointer_in
 from tracked.spool import Lock, Outbox, RunFolder, read_json, write_json
 from tracked.tracking import host_and_process
 
@@ -198,7 +200,9 @@ def take_over(
         raise RunNotResumable(
             f"run {view.run_id} was not made by this package: it has no tag {HANDLE}",
             expected="a run of `python -m tracked.run train`, or of tracked.start()",
-            try_next="python -m tracked.run list",
+            try_next=f"python -m tracked.run resume {view.run_id} -- COMMAND, with an address that begins with tracked+"
+            if pointer_in(view.tags)
+            else "python -m tracked.run list",
         )
     folder = outbox.run(handle)
     folder.make()
@@ -214,21 +218,21 @@ def take_over(
         silent = _is_silent(view, known)
         if silent and ask(lambda: server.get_run(view.run_id)).status == "RUNNING":
             raise _taken(view.run_id, "another process, which was quicker")
-        if pointed(view) is None and anew is None:
+        if pointer_in(view.tags) is None and anew is None:
             raise _no_checkpoint(view)
         number, nonce = newest_attempt(view.params)[0] + 1, uuid.uuid4().hex
         write_json(folder.path / "run.json", {**folder.about, "claimed": nonce})
         ask(lambda: _claim(server, view.run_id, number, nonce))
         if silent:
             # Its sender, if it lives, looked at the run a moment ago and may send for a while.
-            time.sleep(sender.grace_seconds())
+            time.sleep(delivery.grace_seconds())
         # From here on nobody else adds points, so what stands there now is all there will be.
         seen, view = view, ask(lambda: server.get_run(view.run_id))
         if COMMAND in view.tags:
             # It was for an attempt that is over; what comes from here on is for this one.
             ask(lambda: server.drop_tag(view.run_id, COMMAND))
         state = None
-        if pointed(view) is not None:
+        if pointer_in(view.tags) is not None:
             state = ask(lambda: restore(server, view, folder, say))
         last = {} if state is None else state["points"]["last"]
         replay = ask(lambda: _beyond(server, view, last))
@@ -236,6 +240,7 @@ def take_over(
         lock.release()
         raise
     start = {"run_id": view.run_id, "tags": _running(number), "attempt": number, "nonce": nonce}
+    samples = [latest.step + 1 for key, latest in view.latest.items() if is_system(key)]
     found = Attempt(
         outbox,
         place.tracking_uri,
@@ -249,6 +254,7 @@ def take_over(
         state,
         replay,
         (_state(seen), seen.tags.get(STOP_REASON, "")),
+        first_sample=max(samples, default=0),
     )
     return found, view
 
@@ -342,12 +348,12 @@ def watch(server: Server, run_id: str, say: Say, known: str = "") -> RunView:
         RunTaken: Somebody does.
     """
     view = server.get_run(run_id)
-    seen, deadline = view.tags.get(HEARTBEAT), time.monotonic() + sender.watch_seconds()
+    seen, deadline = view.tags.get(HEARTBEAT), time.monotonic() + delivery.watch_seconds()
     if view.status == "RUNNING" or _is_silent(view, known):
         found = "marked as running" if view.status == "RUNNING" else "claimed by an attempt that is silent"
-        say(f"the run is {found}; watching for {sender.watch_seconds():g} s whether somebody trains it")
+        say(f"the run is {found}; watching for {delivery.watch_seconds():g} s whether somebody trains it")
     while (view.status == "RUNNING" or _is_silent(view, known)) and time.monotonic() < deadline:
-        time.sleep(min(1.0, sender.watch_seconds() / 4))
+        time.sleep(min(1.0, delivery.watch_seconds() / 4))
         view = server.get_run(run_id)
         if view.tags.get(HEARTBEAT) != seen and view.status == "RUNNING":
             raise _taken(run_id, view.tags.get(HOLDER, "a process elsewhere"))
@@ -384,7 +390,7 @@ def restore(
         RunNotResumable: The run names no checkpoint.
         CheckpointError: None is whole, or none is at `step`.
     """
-    pointer = pointed(view)
+    pointer = pointer_in(view.tags)
     if pointer is None:
         raise _no_checkpoint(view)
     candidates = dict(_candidates(server, view, folder, pointer))
@@ -445,15 +451,6 @@ def _no_checkpoint(view: RunView) -> RunNotResumable:
     )
 
 
-def pointed(view: RunView) -> dict[str, Any] | None:
-    """What the run's tag names as its last committed checkpoint; None if it names none that can be."""
-    try:
-        pointer = json.loads(view.tags[CHECKPOINT])
-        return {"step": int(pointer["step"]), "sha256": str(pointer["sha256"])}
-    except (KeyError, ValueError, TypeError):
-        return None
-
-
 def _candidates(
     server: Server, view: RunView, folder: RunFolder, pointer: dict[str, Any]
 ) -> list[tuple[int, str]]:
@@ -484,7 +481,7 @@ def _beyond(server: Server, view: RunView, last: Mapping[str, tuple[int, float]]
     return {
         key: {at: value for at, _, value in server.history(view.run_id, key) if at > known[key]}
         for key, latest in view.latest.items()
-        if latest.step > known[key]
+        if latest.step > known[key] and not is_system(key)
     }
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -21,6 +22,7 @@ from tracked import sender
 from tracked.errors import NotDelivered, SpoolError
 from tracked.journal import Journal, Place, Reader
 from tracked.packing import records
+from tracked.place import Place as Destination
 from tracked.spool import Outbox, RunFolder, read_json
 
 log = logging.getLogger("tracked")
@@ -97,8 +99,8 @@ class Calls:
     """All that this process writes to one tracking URI. Safe to use from several threads, and after a fork."""
 
     def __init__(self, outbox: Outbox, tracking_uri: str) -> None:
-        self._outbox = outbox
-        self._tracking_uri = tracking_uri
+        self.outbox = outbox
+        self.tracking_uri = tracking_uri
         self._writers: dict[str, _Writer] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -120,12 +122,12 @@ class Calls:
         writer = self._writers.get(run_id) or self._begin(run_id)
         writer.entries.append((kind, body))
         if self._finished:
-            self._flush()
+            self.flush()
 
     def _begin(self, run_id: str) -> _Writer:
         self.ensure_sender()
         with self._lock:
-            writer = self._writers.setdefault(run_id, _Writer(self._outbox.called(run_id)))
+            writer = self._writers.setdefault(run_id, _Writer(self.outbox.called(run_id)))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="tracked-calls", daemon=True)
                 self._thread.start()
@@ -141,8 +143,8 @@ class Calls:
         Raises:
             NotDelivered: It is not after `TRACKED_READ_TIMEOUT`.
         """
-        self._flush()
-        folders = self._undelivered() if run_id is None else [self._outbox.called(run_id)]
+        self.flush()
+        folders = self._undelivered() if run_id is None else [self.outbox.called(run_id)]
         waiting = [end for folder in folders for end in _ends(folder)]
         seconds = read_timeout()
         late = self._await(waiting, seconds)
@@ -178,12 +180,13 @@ class Calls:
         looked_after = time.monotonic()
         while not self._finished:
             time.sleep(FLUSH_SECONDS)
-            self._flush()
+            self.flush()
             if time.monotonic() - looked_after > LOOK_AFTER_SECONDS:
                 looked_after = time.monotonic()
                 self._look_after()
 
-    def _flush(self, *, close: bool = False) -> None:
+    def flush(self, *, close: bool = False) -> None:
+        """Move what was added into the journals, where a kill of this process cannot reach it."""
         with self._lock:
             for writer in list(self._writers.values()):
                 try:
@@ -201,7 +204,7 @@ class Calls:
         with self._lock:  # nothing may be flushed between the look and the note
             found = [writer for writer in self._writers.values() if writer.undelivered]
             for writer in found:
-                writer.undelivered = bool(_ends(writer.folder))
+                writer.undelivered = bool(_ends(writer.folder)) or _holds_checkpoints(writer.folder)
         found = [writer for writer in found if writer.undelivered]
         for writer in found:
             about = writer.folder.about
@@ -219,9 +222,9 @@ class Calls:
     def ensure_sender(self) -> None:
         """Have a sender on its way; called early, because it takes seconds to begin."""
         try:
-            sender.ensure(self._outbox, self._tracking_uri)
+            sender.ensure(self.outbox, self.tracking_uri)
         except (OSError, SpoolError) as error:
-            log.warning("the spool at %s cannot be used: %s", self._outbox.path, error)
+            log.warning("the spool at %s cannot be used: %s", self.outbox.path, error)
 
     # -- the end of the process
 
@@ -230,22 +233,41 @@ class Calls:
         self._finished = True
         if not self._writers:
             return
-        self._flush(close=True)
-        waiting = [end for folder in self._undelivered() for end in _ends(folder)]
-        try:
-            late = self._await(waiting, drain_timeout())
-        except KeyboardInterrupt:
-            late = [each for each in waiting if not _is_delivered(*each)]
-        for journal, _ in late:
-            trouble = RunFolder(journal.parent).about.get("trouble")
+        self.flush(close=True)
+        folders = self._undelivered()
+        waiting = [end for folder in folders for end in _ends(folder)]
+        deadline = time.monotonic() + drain_timeout()
+        with suppress(KeyboardInterrupt):
+            self._await(waiting, drain_timeout())
+            while any(map(_holds_checkpoints, folders)) and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+        for folder in folders:
+            late = [journal for journal, _ in _ends(folder)]
+            if not late and not _holds_checkpoints(folder):
+                continue
+            trouble = folder.about.get("trouble")
             sys.stderr.write(
-                f"tracked: what was logged to run {journal.parent.name} is not all delivered"
-                f"{f' ({trouble})' if trouble else ''}; it is kept in {journal}\n"
+                f"tracked: what was logged to run {folder.handle} is not all delivered"
+                f"{f' ({trouble})' if trouble else ''}; it is kept in {late[0] if late else folder.path}\n"
                 "  try: python -m tracked.run sync\n"
             )
 
 
 _everywhere: list[Calls] = []
+
+
+def to(place: Destination) -> Calls:
+    """What this process writes there: the same for all who ask, so that one order holds for all of it.
+
+    Raises:
+        SpoolError: The spool cannot be made or written to.
+    """
+    for calls in _everywhere:
+        if (
+            calls.tracking_uri == place.tracking_uri
+        ):  # not by the spool: the program may be in another folder by now
+            return calls
+    return Calls(place.outbox(), place.tracking_uri)
 
 
 def finish() -> None:
@@ -279,6 +301,11 @@ def _ends(folder: RunFolder) -> list[tuple[Path, Place]]:
 def _is_delivered(journal: Path, end: Place) -> bool:
     cursor = read_json(journal / "cursor.json").get("points", (0, 0))
     return tuple(cursor) >= end or not journal.exists()
+
+
+def _holds_checkpoints(folder: RunFolder) -> bool:
+    """Whether one that other code has saved is not on the server yet."""
+    return any(folder.checkpoints.glob("step-*"))
 
 
 def _tell_once(writer: _Writer, text: str) -> None:

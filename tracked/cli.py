@@ -34,6 +34,7 @@ _EXAMPLES = {
     "stop": "stop last --no-wait",
     "list": "list",
     "show": "show last",
+    "compare": "compare --experiment digits --top 5 --to curves.png",
     "verify": "verify last",
     "export": "export last --form weights --to weights",
     "sync": "sync",
@@ -140,6 +141,25 @@ _loop = _options(
     click.option("--deterministic", is_flag=True, default=None, help="Prefer deterministic kernels."),
     click.option("--device", metavar="auto|cpu|cuda[:i]", help="Where to train (auto)."),
 )
+_shown = _options(
+    click.option(
+        "--system-metrics",
+        is_flag=True,
+        default=None,
+        help="Log how busy processors, memory, disk, network and GPUs are.",
+    ),
+    click.option(
+        "--log-model",
+        is_flag=True,
+        default=None,
+        help="At the end, log the best weights as a model of MLflow's PyTorch flavour.",
+    ),
+    click.option(
+        "--register",
+        metavar="NAME",
+        help="Log the model, and register it under this name with the alias `best`.",
+    ),
+)
 _how = _options(
     click.option(
         "--run-id-file", type=click.Path(path_type=Path), help="Write the run's ID there once it exists."
@@ -204,6 +224,9 @@ _LOOP_NAMES = [
     "seed",
     "deterministic",
     "device",
+    "log_model",
+    "register",
+    "system_metrics",
 ]
 
 
@@ -215,7 +238,7 @@ def _place(tracking_uri: str | None, spool_dir: str | None) -> Place:
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
     """The loop's settings that were typed."""
-    given = {name: options.pop(name) for name in _LOOP_NAMES}
+    given = {name: options.pop(name, None) for name in _LOOP_NAMES}
     settings = {name: value for name, value in given.items() if value not in (None, ())}
     every = settings.get("log_every")
     if every is not None and every.isdigit():
@@ -246,6 +269,7 @@ def _request(options: dict[str, Any], overrides: tuple[str, ...]) -> Request:
         run_key=options.get("run_key"),
         config=options.get("config"),
         file=options.get("file"),
+        log_diff=options.get("log_diff", False),
         progress=Bar(show=not options["no_progress"], run_id_file=options["run_id_file"]),
         drain_timeout=options["drain_timeout"],
     )
@@ -356,6 +380,10 @@ def _summary(run: Run) -> list[str]:
     "Default: from a Slurm array or an indexed Kubernetes job.",
 )
 @click.option("--config", type=click.Path(path_type=Path), help="A YAML file of hyperparameters.")
+@click.option(
+    "--log-diff", is_flag=True, help="Log what git has not committed, as the artifact source/diff.patch."
+)
+@_shown
 @_loop
 @_how
 def train(
@@ -397,12 +425,13 @@ def _check(experiment: Path, overrides: tuple[str, ...], options: dict[str, Any]
     "--file", type=click.Path(path_type=Path), help="The experiment file, if it lies elsewhere now."
 )
 @_budget
+@_shown
 @_loop
 @_how
 def resume(run: str, overrides: tuple[str, ...], *, as_json: bool, **options: Any) -> None:
     """Go on in the same run from its last checkpoint."""
     if command := _behind_dashes():
-        _run_script(["resume", run], {"TRACKED_RESUME": run}, command, options)
+        _run_script(["resume", run], _resuming(run, options), command, options)
     given = dict(options)
     request = _request(options, overrides)
     from tracked import training
@@ -432,6 +461,7 @@ def resume(run: str, overrides: tuple[str, ...], *, as_json: bool, **options: An
 @click.option(
     "--file", type=click.Path(path_type=Path), help="The experiment file, if it lies elsewhere now."
 )
+@_shown
 @_loop
 @_how
 def fork(run: str, overrides: tuple[str, ...], *, step: int | None, as_json: bool, **options: Any) -> None:
@@ -531,6 +561,22 @@ def _behind_dashes() -> list[str]:
     return sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
 
 
+def _resuming(word: str, options: dict[str, Any]) -> dict[str, str]:
+    """What tells a script which run it goes on with; behind the plugin's address, in a way that MLflow knows, too."""
+    from tracked.address import PLUGIN
+
+    uri = options["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI") or ""
+    if not uri.strip().startswith(PLUGIN):
+        return {"TRACKED_RESUME": word}
+    from tracked import logged_run
+    from tracked.names import HANDLE
+
+    place = _place(options["tracking_uri"], options["spool_dir"])
+    view = logged_run.find(place, word, lambda text: click.echo(text, err=True))
+    own = {"MLFLOW_TRACKING_URI": f"{PLUGIN}{place.tracking_uri}", "TRACKED_RESUME": view.run_id}
+    return own if HANDLE in view.tags else {**own, "MLFLOW_RUN_ID": view.run_id}
+
+
 def _run_script(
     line: list[str], variables: dict[str, str], command: list[str], options: dict[str, Any]
 ) -> NoReturn:
@@ -545,9 +591,9 @@ def _run_script(
     place = _place(options["tracking_uri"], options["spool_dir"])
     environment = {
         **os.environ,
-        **variables,
         "MLFLOW_TRACKING_URI": place.tracking_uri,
         "TRACKED_SPOOL": str(place.spool),
+        **variables,
     }
     try:
         sys.exit(subprocess.run(command, env=environment, check=False).returncode)
@@ -615,23 +661,34 @@ def _ask(
 
 @main.command("list")
 @click.option("--experiment", metavar="NAME", help="Only runs of this experiment.")
+@click.option("--state", metavar="STATE", help="Only runs in this state: running, paused, finished, lost …")
+@click.option(
+    "--filter",
+    "only",
+    default="",
+    metavar="FILTER",
+    help='Only runs that pass it; MLflow\'s search syntax: "metrics.`val/loss` < 0.1".',
+)
+@click.option("--sort-by", metavar="METRIC", help="By this metric's last value, the smallest first.")
+@click.option("--descending", is_flag=True, help="With --sort-by: the largest first.")
 @click.option(
     "--limit", type=click.IntRange(min=1), default=20, show_default=True, help="How many, newest first."
 )
 @_as_json
 @_where
-def list_(
-    experiment: str | None, limit: int, tracking_uri: str | None, spool_dir: str | None, *, as_json: bool
-) -> None:
+def list_(tracking_uri: str | None, spool_dir: str | None, *, as_json: bool, **which: Any) -> None:
     """Show what runs there are, and their true state."""
     from tracked import inspection
 
     place = _place(tracking_uri, spool_dir)
-    found = inspection.listing(place, experiment, limit, _note)
+    narrowed = which["experiment"] or which["state"] or which["only"]
+    found = inspection.listing(place, which.pop("experiment"), which.pop("limit"), _note, **which)
     if as_json:
         click.echo(json.dumps([each.as_json() for each in found]))
     elif found:
-        click.echo(inspection.table(found))
+        click.echo(inspection.table(found, which["sort_by"]))
+    elif narrowed:
+        click.echo("no such runs: python -m tracked.run list")
     else:
         click.echo("no runs yet: python -m tracked.run train EXPERIMENT.py")
 
@@ -660,6 +717,47 @@ def show(run: str, tracking_uri: str | None, spool_dir: str | None, *, tensors: 
             inside = look_inside(retrieve(place, found.summary.run_id, Path(folder), _note).state)
         shown, text = shown | inside.as_json(), f"{text}\n\n{page(inside)}"
     click.echo(json.dumps(shown) if as_json else text)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, metavar="RUN…")
+@click.option("--experiment", metavar="NAME", help="Instead of RUN…: the best runs of this experiment.")
+@click.option(
+    "--top", type=click.IntRange(min=2), default=10, show_default=True, help="Of the experiment: how many."
+)
+@click.option("--metric", help="What the runs are compared by (default: what they monitor).")
+@click.option("--mode", type=click.Choice(["min", "max"]), help="Whether a smaller or larger one is better.")
+@click.option(
+    "--to", metavar="FILE.png", type=click.Path(path_type=Path), help="Draw the curves into this file."
+)
+@_as_json
+@_where
+def compare(
+    runs: tuple[str, ...],
+    to: Path | None,
+    tracking_uri: str | None,
+    spool_dir: str | None,
+    *,
+    as_json: bool,
+    **which: Any,
+) -> None:
+    """Show what differs between runs, and draw their curves."""
+    from tracked import comparison
+
+    if to is not None:
+        comparison.check_picture(to)
+    place = _place(tracking_uri, spool_dir)
+    found = comparison.compare(place, runs, _note, **which, with_curves=to is not None)
+    if to is not None:
+        comparison.draw(found, to)
+    if as_json:
+        click.echo(json.dumps({**found.as_json(), "picture": str(to) if to else None}))
+        return
+    click.echo(found.table())
+    if to is not None:
+        click.echo(f"picture: {to}")
+    served = "" if place.tracking_uri.startswith("http") else "python -m tracked.run ui, then "
+    click.echo(f"in MLflow: {served}{found.url}")
 
 
 @main.command()

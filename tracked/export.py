@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import ast
-import pickle
-import pickletools
 import shutil
-import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.util import decode_source
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from tracked import experiment as experiments
 from tracked import params
-from tracked.errors import TrackedError, UsageError
+from tracked.errors import UsageError
 from tracked.experiment import Experiment, Task
 from tracked.inspection import object_in
 from tracked.names import EXPERIMENT_FILE, FILE, MANIFEST
+from tracked.packaging import MODULE, example, save, unwrapped
 from tracked.place import Place
 from tracked.retrieval import Retrieved, retrieve
 from tracked.seeding import derive, preserved_generators, seed_generators
 from tracked.state import Parts
-from tracked.streams import batches_of
 from tracked.tensors import modules
 
 Say = Callable[[str], None]
 Form = Literal["weights", "model", "training"]
 
-_MODULE, _PROGRAM = "module.pt", "model.pt2"
+_PROGRAM = "model.pt2"
 # What is known before the checkpoint is; told before it is downloaded.
-_FILES = {"weights": ("model.pt", "model.safetensors"), "model": (_MODULE,), "training": (FILE, MANIFEST)}
+_FILES = {"weights": ("model.pt", "model.safetensors"), "model": (MODULE,), "training": (FILE, MANIFEST)}
 
 
 @dataclass(frozen=True)
@@ -197,30 +191,19 @@ def _write_model(found: Retrieved, draft: _Draft, to: Path, file: Path | None, s
             expected="another folder",
             try_next=f"--to {to / 'export'}",
         )
-    model = getattr(task.model, "_orig_mod", task.model)  # of torch.compile, which cannot be saved
     parts = Parts()
+    model = unwrapped(task.model)
     parts.attach("model", model)
     parts.restore(found.state, ("model",))
-    model.to("cpu").eval().zero_grad()
+    weights = f"python -m tracked.run export {found.view.run_id} --form weights --to {to}"
     line = "sys.path.insert(0, {folder!r}); torch.load({path!r}, weights_only=False)"
-    path = draft.path(_MODULE, line)
-    try:
-        torch.save(model, path)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise TrackedError(
-            f"the module cannot be pickled: {error}",
-            expected="a module of classes and functions that stand at the top of a file",
-            try_next=f"python -m tracked.run export {found.view.run_id} --form weights --to {to}",
-        ) from error
-    copies = _copied(experiment)
-    named = _modules_named_in(path)
-    if not named & copies.keys():
-        copies = {}
-        draft.loads[_MODULE] = line.partition("; ")[2]
-    for name, source in copies.items():
-        draft.path(f"{name}.py").write_text(source)
-    if needed := [name for name in sorted(named - copies.keys()) if _is_local(name)]:
-        say(f"{_MODULE} refers to {', '.join(needed)}, which must be importable where it is loaded")
+    copies, needed = save(model, draft.path(MODULE, line), experiment.path.parent, try_next=weights)
+    if not copies:
+        draft.loads[MODULE] = line.partition("; ")[2]
+    for name in copies:
+        draft.path(name)
+    if needed:
+        say(f"{MODULE} refers to {', '.join(needed)}, which must be importable where it is loaded")
     program = draft.path(_PROGRAM, "torch.export.load({path!r}).module()")
     try:
         fixed = _write_program(task, model, program)
@@ -265,70 +248,18 @@ def _built(found: Retrieved, to: Path, file: Path | None, say: Say) -> tuple[Exp
     return experiment, experiment.task(params.build(experiment.params_class, state["params"]))
 
 
-def _copied(experiment: Experiment) -> dict[str, str]:
-    """The experiment file and those beside it that it has imported, by the names that a pickle refers to them by."""
-    folder = experiment.path.parent
-    found = {}
-    for name, module in list(sys.modules.items()):
-        file = Path(getattr(module, "__file__", None) or "")
-        if "." not in name and file.suffix == ".py" and file.parent == folder:
-            source = decode_source(file.read_bytes())
-            copy = _without_package(source)
-            note = f"# A copy of {file.name}, with stand-ins for what it imports of `tracked`.\n"
-            found[name] = source if copy == source else note + copy
-    return found
-
-
-def _is_local(name: str) -> bool:
-    """Whether a module is this package's, or one that nobody installed."""
-    file = getattr(sys.modules.get(name), "__file__", None) or sys.prefix
-    installed = any(Path(file).is_relative_to(prefix) for prefix in (sys.prefix, sys.base_prefix))
-    return name.partition(".")[0] == "tracked" or not installed
-
-
-def _without_package(source: str) -> str:
-    """The source with stand-ins for what it imports of this package, which a module can do without."""
-    lines = source.encode().splitlines(keepends=True)  # as bytes, which is what positions count
-    for node in reversed(ast.parse(source).body):
-        if isinstance(node, ast.Import):
-            ours = [alias for alias in node.names if alias.name.partition(".")[0] == "tracked"]
-            names = [alias.asname or "tracked" for alias in ours]
-            stand_in = 'type("tracked", (), {"__getattr__": lambda *_: object})()'
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "tracked":
-            ours = node.names
-            names = [alias.asname or alias.name for alias in ours]
-            stand_in = "object"
-        else:
-            continue
-        if ours:
-            others = [alias for alias in node.names if alias not in ours]
-            new = [" = ".join([*names, stand_in]), *([ast.unparse(ast.Import(others))] if others else [])]
-            end = node.end_lineno or node.lineno
-            before, after = lines[node.lineno - 1][: node.col_offset], lines[end - 1][node.end_col_offset :]
-            lines[node.lineno - 1 : end] = [before + "; ".join(new).encode() + after]
-    return b"".join(lines).decode()
-
-
-def _modules_named_in(path: Path) -> set[str]:
-    """The modules that loading a file of `torch.save` will import, read from its pickle without running it."""
-    with zipfile.ZipFile(path) as archive:
-        (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        # torch.save writes protocol 2, in which each class is named by one instruction.
-        operations = pickletools.genops(archive.read(pickled))
-        return {str(text).partition(" ")[0] for code, text, _ in operations if code.name == "GLOBAL"}
-
-
 def _write_program(task: Task, model: nn.Module, path: Path) -> str:
     """Save the module as a program that needs no class of it, if it computes the same.
 
     Returns:
         The shapes of its inputs, if another batch size than the example's would be refused; else empty.
     """
-    from torch.export import Dim, ShapesCollection, save
+    from torch.export import Dim, ShapesCollection
     from torch.export import export as traced
+    from torch.export import save as save_program
 
     with preserved_generators(), torch.no_grad():
-        args, kwargs = _example(task, model)
+        args, kwargs = example(task, model)
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
         batch = {each.shape[0] for each in tensors if each.dim()}
         shapes = ShapesCollection()
@@ -344,38 +275,7 @@ def _write_program(task: Task, model: nn.Module, path: Path) -> str:
             outputs.append(compute(*args, **kwargs))
         torch.testing.assert_close(outputs[1], outputs[0])
     program.example_inputs = None  # else the file would hold samples of the training data
-    save(program, path)
+    save_program(program, path)
     if program.range_constraints or not batch:
         return ""
     return ", ".join("×".join(map(str, each.shape)) for each in tensors)
-
-
-def _example(task: Task, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the module is called with for the first batch of the training data, of at least two samples."""
-    collate = {key: value for key, value in task.loader.items() if key == "collate_fn"}
-    batches = batches_of(
-        task.train_data,
-        batch_size=max(2, task.batch_size),
-        seed=0,
-        shuffle=False,
-        loader=collate,
-    )
-    batch = next(batches.epoch(0))
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-
-    hook = model.register_forward_pre_hook(take, with_kwargs=True)
-    try:
-        if task.step is not None:
-            task.step(model, batch)
-        elif task.forward is not None:
-            task.forward(model, batch)
-        else:
-            model(batch[0])
-    finally:
-        hook.remove()
-    if not seen:
-        raise TypeError("a step calls parts of the model, and never the model itself")
-    return seen[0]

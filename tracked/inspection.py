@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +18,12 @@ from tracked import spool
 from tracked.address import redact
 from tracked.errors import (
     CheckpointError,
+    RecordRejected,
     RunNotFound,
     RunNotResumable,
     ServerError,
     ServerUnavailable,
+    UsageError,
 )
 from tracked.journal import START, Reader
 from tracked.names import (
@@ -41,21 +46,29 @@ from tracked.names import (
     STOP_REASON,
     SWEEP,
     folder_name,
+    is_system,
     newest_attempt,
     step_of,
+    validate_key,
 )
 from tracked.packing import unpack
 from tracked.place import Place
-from tracked.ranking import ranking
+from tracked.ranking import Mode, ranking
 from tracked.spool import RunFolder, is_held, read_json
 from tracked.tables import ago, aligned, distinct_length, readable
 from tracked.trial_runs import children, glance
 from tracked.trials import Trial
 
 if TYPE_CHECKING:
-    from tracked.server import RunView, Server
+    from tracked.server import Latest, RunView, Server
 
 Say = Callable[[str], None]
+
+STATES = (
+    *("running", "paused", "finished", "stopped_early", "stopped", "pruned", "failed", "crashed", "killed"),
+    *("lost", "draining", "waiting"),
+)
+"""The first words of `true_state`."""
 
 LOST_AFTER_SECONDS = 60.0
 WAITING = "waiting for the server"
@@ -72,6 +85,7 @@ class Summary:
         started: In ms since the epoch; 0 if it is not known.
         best, last: Of the monitored metric.
         undelivered: Points and other records that wait in this machine's spool.
+        metrics: Every metric's last value.
     """
 
     run_id: str
@@ -86,6 +100,7 @@ class Summary:
     last: float | None
     started: int
     undelivered: int
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -228,13 +243,14 @@ def true_state(view: RunView, local: Sequence[RunFolder]) -> str:
     return state if silent < LOST_AFTER_SECONDS else f"lost (last heard {ago(silent)} ago)"
 
 
-def _summary(view: RunView, local: Sequence[RunFolder], best: float | None) -> Summary:
+def summary_of(view: RunView, local: Sequence[RunFolder], best: float | None) -> Summary:
+    """A run in a line, from its view, what this machine keeps of it, and its best value, which is not looked for."""
     settings = object_in(view.tags.get(SETTINGS))
     pointer = object_in(view.tags.get(CHECKPOINT))
     monitor = settings.get("monitor")
     last = view.latest.get(monitor) if monitor else None
     epoch = view.latest.get("epoch")
-    steps = [latest.step for latest in view.latest.values()]
+    steps = [latest.step for key, latest in view.latest.items() if not is_system(key)]
     return Summary(
         run_id=view.run_id or view.tags[HANDLE],
         handle=view.tags.get(HANDLE, ""),
@@ -248,22 +264,45 @@ def _summary(view: RunView, local: Sequence[RunFolder], best: float | None) -> S
         last=last.value if last else None,
         started=view.start_time,
         undelivered=sum(undelivered(run) for run in local),
+        metrics={key: latest.value for key, latest in view.latest.items()},
     )
 
 
-def _best(server: Server, view: RunView) -> float | None:
-    settings = object_in(view.tags.get(SETTINGS))
-    monitor = settings.get("monitor")
-    if monitor not in view.latest:
-        return None
-    values = [value for _, _, value in server.history(view.run_id, monitor)]
-    return max(values) if settings.get("mode") == "max" else min(values)
+def _best(server: Server, views: Sequence[RunView]) -> dict[str, float]:
+    """Run ID -> best value of the metric that the run monitors, where it has one that is a number."""
+    monitored: dict[str, dict[str, Mode]] = {}
+    for view in views:
+        settings = object_in(view.tags.get(SETTINGS))
+        if (key := settings.get("monitor")) in view.latest:
+            monitored.setdefault(key, {})[view.run_id] = "max" if settings.get("mode") == "max" else "min"
+    found: dict[str, float] = {}
+    for key, modes in monitored.items():
+        for run_id, history in server.histories([*modes], key).items():
+            if best := best_point(history, modes[run_id]):
+                found[run_id] = best[1]
+    return found
+
+
+def best_point(history: Iterable[tuple[int, int, float]], mode: Mode) -> tuple[int, float] | None:
+    """Step and value of the best point, the first of equal ones; None where none is a number."""
+    sound = [(step, value) for step, _, value in history if not math.isnan(value)]
+    return (min if mode == "min" else max)(sound, key=itemgetter(1), default=None)
 
 
 # -- list
 
 
-def listing(place: Place, experiment: str | None, limit: int, say: Say) -> list[Summary]:
+def listing(
+    place: Place,
+    experiment: str | None,
+    limit: int,
+    say: Say,
+    *,
+    state: str | None = None,
+    only: str = "",
+    sort_by: str | None = None,
+    descending: bool = False,
+) -> list[Summary]:
     """The runs of this package, newest first.
 
     Args:
@@ -271,37 +310,104 @@ def listing(place: Place, experiment: str | None, limit: int, say: Say) -> list[
         experiment: Only runs of this experiment.
         limit: How many at most.
         say: Told when the server cannot be asked, and only the spool's runs are listed.
+        state: Only runs whose true state begins with this word, one of `STATES`.
+        only: A filter in MLflow's search syntax. What the server has not seen cannot pass it.
+        sort_by: A metric; the runs come by its last value, those last that have none or NaN.
+        descending: With `sort_by`: the largest first.
 
     Raises:
-        ServerError: The server does not answer, and the spool knows no run either.
+        UsageError: MLflow refuses the filter, the state is none, or no run has the metric.
+        ServerError: The server does not answer, and the spool knows no run either, or `only` is to be applied.
     """
     from tracked.server import Server
 
+    if state is not None and state not in STATES:
+        raise UsageError(
+            f"there is no state {state!r}",
+            expected=f"one of {', '.join(STATES)}",
+            try_next="python -m tracked.run list --state finished",
+        )
+    if descending and sort_by is None:
+        raise UsageError(
+            "--descending needs a metric to sort by",
+            expected="--sort-by METRIC",
+            try_next="python -m tracked.run list --sort-by val/loss --descending",
+        )
+    if sort_by is not None:
+        validate_key(sort_by)
+    order = f"metrics.`{sort_by}` {'DESC' if descending else 'ASC'}" if sort_by else ""
     local = folders(place)
     server = Server(place.tracking_uri, create=False)
+    asked = {"order_by": order} if order else {}
     try:
-        views = server.search(experiment=experiment, filter=OURS, limit=limit)
-        found = [_summary(view, local.get(view.tags[HANDLE], []), _best(server, view)) for view in views]
-        known = {each.handle for each in found}
+        views = server.search(
+            experiment=experiment,
+            filter=f"{OURS} AND {only}" if only.strip() else OURS,
+            limit=limit if state is None else sys.maxsize,  # the server does not know the true state
+            **asked,
+        )
+        known = {view.tags[HANDLE] for view in views}
         unseen = [
             handle for handle in local if handle not in known and not _run_id(local[handle])
         ]  # one that has an ID and is not in the answer is older, or deleted
+    except RecordRejected as error:
+        raise UsageError(
+            f"MLflow refuses the filter {only!r}: {error.found}",
+            expected="MLflow's search syntax: comparisons joined by AND",
+            try_next="""python -m tracked.run list --filter "metrics.`val/loss` < 0.1 AND params.lr = '0.01'\"""",
+        ) from None
     except ServerError as error:
-        if not local:
+        if not local or only:
             raise
         say(f"{error.found}; this is what the spool of this machine knows")
-        found, unseen = [], list(local)
-    for handle in unseen:
-        view = _as_view(local[handle][-1])
-        if experiment in (None, view.experiment_name):
-            found.append(_summary(view, local[handle], None))
-    return sorted(found, key=lambda each: -each.started)[:limit]
+        views, unseen = [], list(local)
+    if not only:
+        seen_here = [_as_view(local[handle][-1]) for handle in unseen]
+        views += [view for view in seen_here if experiment in (None, view.experiment_name)]
+    if sort_by is not None and views and not any(sort_by in view.latest for view in views):
+        raise UsageError(
+            f"no run has a metric {sort_by!r}",
+            expected=some(key for view in views for key in view.latest),
+            try_next="python -m tracked.run show last, which names the metrics of a run",
+        )
+    if state is not None:
+        views = [
+            view
+            for view in views
+            if true_state(view, local.get(view.tags[HANDLE], [])).partition(" ")[0] == state
+        ]
+    if sort_by is None:
+        views.sort(key=lambda view: -view.start_time)
+    else:
+        views.sort(key=lambda view: _place_of(view.latest.get(sort_by), descending=descending))
+    views = views[:limit]
+    best = _best(server, [view for view in views if view.status])
+    return [summary_of(view, local.get(view.tags[HANDLE], []), best.get(view.run_id)) for view in views]
 
 
-def table(runs: Sequence[Summary]) -> str:
-    """Runs as aligned text; IDs cut to 8 characters, or as many more as make them differ."""
+def _place_of(latest: Latest | None, *, descending: bool) -> tuple[bool, float]:
+    """Sorts by value, and what is no number last."""
+    if latest is None or math.isnan(latest.value):
+        return True, 0.0
+    return False, -latest.value if descending else latest.value
+
+
+def some(names: Iterable[str], limit: int = 8) -> str:
+    """Names for the text of an error."""
+    distinct = sorted(set(names))
+    return ", ".join(distinct[:limit]) + (" …" if len(distinct) > limit else "") if distinct else "a metric"
+
+
+def table(runs: Sequence[Summary], metric: str | None = None) -> str:
+    """Runs as aligned text; IDs cut to 8 characters, or as many more as make them differ.
+
+    Args:
+        runs: In the order of the rows.
+        metric: One whose last value has a column of its own.
+    """
     length = distinct_length([run.run_id for run in runs])
-    rows = [("run", "state", "experiment", "name", "epoch", "step", "best", "last", "age", "undelivered")]
+    titles = ("run", "state", "experiment", "name", "epoch", "step", "best", "last")
+    rows = [(*titles, metric or "", "age", "undelivered")]
     for run in runs:
         age = ago(time.time() - run.started / 1000) if run.started else ""
         rows.append(
@@ -314,6 +420,7 @@ def table(runs: Sequence[Summary]) -> str:
                 _count(run.step),
                 f"{run.monitor} {run.best:.4g}" if run.best is not None else "",
                 _shown(run.last),
+                _shown(run.metrics.get(metric)) if metric else "",
                 age,
                 str(run.undelivered) if run.undelivered else "",
             )
@@ -342,7 +449,7 @@ def look(place: Place, word: str, say: Say) -> Details:
     view, local = find(server, place, word, say)
     best, on_server = None, {}
     if view.status:
-        best = _best(server, view)
+        best = _best(server, [view]).get(view.run_id)
         on_server = {
             step: server.sizes(view.run_id, f"checkpoints/{name}").get(FILE, 0)
             for name in server.directories(view.run_id, "checkpoints")
@@ -364,7 +471,7 @@ def look(place: Place, word: str, say: Say) -> Details:
         )
         for step in sorted({*on_server, *in_spool})
     ]
-    summary = _summary(view, local, best)
+    summary = summary_of(view, local, best)
     facts = {
         "held by": view.tags.get(HOLDER, "") if summary.state == "running" else "",
         "stopped because": view.tags.get(STOP_REASON, ""),
@@ -563,12 +670,13 @@ def verify(place: Place, word: str, say: Say) -> Proof:
         _verify_counts(histories, manifest, proof)
     state = view.tags.get(STATE)
     if state in ("finished", "stopped_early") and POINTS in view.tags and not running:
-        total, logged = sum(map(len, histories.values())), int(view.tags[POINTS])
+        found = sum(len(steps) for key, steps in histories.items() if not is_system(key))
+        logged = int(view.tags[POINTS])
         _note(
             proof,
-            total == logged,
+            found == logged,
             f"the training logged {logged} points, and so many are there",
-            f"the training logged {logged} points, and {total} are there",
+            f"the training logged {logged} points, and {found} are there",
         )
     return proof
 
@@ -602,7 +710,7 @@ def _verify_history(server: Server, view: RunView, proof: Proof) -> dict[str, li
 
 def _verify_counts(histories: dict[str, list[int]], manifest: dict[str, Any], proof: Proof) -> None:
     step, counts = manifest["step"], manifest.get("points", {})
-    found = {key: sum(at <= step for at in steps) for key, steps in histories.items()}
+    found = {key: sum(at <= step for at in steps) for key, steps in histories.items() if not is_system(key)}
     differing = [
         f"{key}: {found.get(key, 0)} of {counts.get(key, 0)}"
         for key in sorted({*counts, *(key for key, count in found.items() if count)})

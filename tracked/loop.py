@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import Dataset
 
+from tracked.allocator import keep_freed_memory
+from tracked.confusion import Confusion
 from tracked.data import Batches, size, to_device
+from tracked.datasets import innermost
 from tracked.errors import SpoolError, TrackedError, UsageError
 from tracked.experiment import Task
 from tracked.freezing import check_schedule, check_trains, table, train_mode, unfreeze_until
@@ -45,6 +49,8 @@ def fit(task: Task, run: Run) -> None:
     settings = run.settings
     device = choose_device(settings.device)
     _check_precision(task, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     task.model.to(device)
     for metric in task.metrics.values():
         if isinstance(metric, torch.nn.Module):  # as those of torchmetrics are
@@ -75,6 +81,8 @@ def fit(task: Task, run: Run) -> None:
     run.attach(**_parts(task))
     run.attach(scaler=scaler, running_loss=window_loss, **_stateful_metrics(task))
     run.require_finite("train/loss")
+    for data in _validation_sets(task).values():
+        run.log_input(data)
 
     evaluation = Due([settings.eval_every])
     options = dict(task.loader)
@@ -108,11 +116,14 @@ def fit(task: Task, run: Run) -> None:
             step=run.step, epoch=run.epoch, epoch_ended=run.epoch_ended
         )
         if evaluates:
-            metrics = evaluate(task, device, run)
+            confusion = Confusion() if run.presents else None
+            metrics = evaluate(task, device, run, confusion)
             if settings.monitor is not None and settings.monitor not in (*metrics, "train/loss"):
                 raise _never_logged(settings.monitor, sorted(metrics))
             run.log(metrics)
             _tell_of_overfitting(metrics, run)
+            if confusion is not None and run.stopping.best_step == run.step:
+                _draw_confusion(confusion, task, run)
             if run.stopping.is_out_of_patience:
                 run.log(_evaluate_best(task, device, run))
         if run.epoch_ended:
@@ -177,6 +188,10 @@ def _tell_of_overfitting(metrics: Mapping[str, float], run: Run) -> None:
     if losses:
         run.judge_overfitting(losses[0], metrics[losses[0]])
     others = [[monitor]] if monitor in metrics and monitor not in losses else []
+    counts = run.counts()
+    rates = [key for key in counts if key.partition("/")[0] == "lr"]
+    if any(counts[key] > 1 for key in rates):  # each is logged only when it changes
+        others.append(rates)
     run.draw_curves(["train/loss", *losses], *others)
 
 
@@ -277,10 +292,19 @@ def _held(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 @torch.no_grad()
-def evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
-    """The metrics of every validation set by their logged names; modes and generators are left as they were."""
+def evaluate(
+    task: Task, device: torch.device, run: Run, confusion: Confusion | None = None
+) -> dict[str, float]:
+    """The metrics of every validation set by their logged names; modes and generators are left as they were.
+
+    Args:
+        task: What is trained.
+        device: Where its model is.
+        run: Whose step it is.
+        confusion: Takes the outputs of the validation set that the run is judged by.
+    """
     with preserved_generators():
-        return _evaluate(task, device, run)
+        return _evaluate(task, device, run, confusion)
 
 
 def _evaluate_best(task: Task, device: torch.device, run: Run) -> dict[str, float]:
@@ -296,17 +320,16 @@ def _evaluate_best(task: Task, device: torch.device, run: Run) -> dict[str, floa
         load_module(task.model, last)
 
 
-def _evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
+def _evaluate(task: Task, device: torch.device, run: Run, confusion: Confusion | None) -> dict[str, float]:
     modes = [(module, module.training) for module in task.model.modules()]
     task.model.eval()
-    sets = task.val_data if isinstance(task.val_data, Mapping) else {"val": task.val_data}
     options = {key: value for key, value in task.loader.items() if key not in _TRAINING_ONLY}
     values: dict[str, float] = {}
-    for name, data in sets.items():
+    for name, data in _validation_sets(task).items():
         seed = derive(run.settings.seed, "eval", run.step, name)
         seed_generators(seed)
         batches = batches_of(
-            rewound(data),  # type: ignore[arg-type]
+            rewound(data),
             batch_size=task.batch_size,
             seed=seed,
             shuffle=False,
@@ -314,13 +337,38 @@ def _evaluate(task: Task, device: torch.device, run: Run) -> dict[str, float]:
             loader=options,
         )
         loader = _seeded(batches, device, seed)
-        found = task.evaluate(task.model, loader) if task.evaluate else _measure(task, loader, device)
+        if task.evaluate:
+            found = task.evaluate(task.model, loader)
+        else:
+            counts = confusion if name == _judged_set(task, run) else None
+            found = _measure(task, loader, device, counts)
         named = {f"{name}/{key}": value for key, value in found.items() if _is_single(value)}
         values |= {key: float(scalar(key, value)) for key, value in named.items()}
     task.model.train(modes[0][1])  # a model may do more in it than set modes
     for module, mode in modes:  # which reaches what is frozen, too
         module.training = mode
     return values
+
+
+def _validation_sets(task: Task) -> dict[str, Dataset[Any]]:
+    if task.val_data is None:
+        return {}
+    return dict(task.val_data) if isinstance(task.val_data, Mapping) else {"val": task.val_data}
+
+
+def _judged_set(task: Task, run: Run) -> str:
+    """The validation set that the monitored metric is of, else the first one."""
+    names = [*_validation_sets(task)]
+    monitored = (run.settings.monitor or "").partition("/")[0]
+    return monitored if monitored in names else names[0]
+
+
+def _draw_confusion(confusion: Confusion, task: Task, run: Run) -> None:
+    """Have it drawn, if there is one, with the classes' names where the data set has them, as torchvision's do."""
+    if (counts := confusion.counts) is not None:
+        data = innermost(_validation_sets(task)[_judged_set(task, run)])
+        classes = getattr(data, "classes", ())
+        run.draw_confusion(counts, classes if isinstance(classes, list | tuple) else ())
 
 
 def _seeded(batches: Batches | Stream, device: torch.device, seed: int) -> Iterator[Any]:
@@ -330,7 +378,9 @@ def _seeded(batches: Batches | Stream, device: torch.device, seed: int) -> Itera
         yield to_device(batch, device)
 
 
-def _measure(task: Task, loader: Iterator[Any], device: torch.device) -> dict[str, Any]:
+def _measure(
+    task: Task, loader: Iterator[Any], device: torch.device, confusion: Confusion | None
+) -> dict[str, Any]:
     """Loss and functions as means weighted by samples; objects as they compute themselves."""
     functions = {name: metric for name, metric in task.metrics.items() if not hasattr(metric, "compute")}
     objects = {name: metric for name, metric in task.metrics.items() if hasattr(metric, "compute")}
@@ -348,6 +398,8 @@ def _measure(task: Task, loader: Iterator[Any], device: torch.device) -> dict[st
             found[name] = function(outputs, targets)
         for metric in objects.values():
             metric.update(outputs, targets)
+        if confusion is not None:
+            confusion.update(outputs, targets)
         for name, value in found.items():
             number = scalar(name, value)
             exact = number.double() if isinstance(number, torch.Tensor) else number

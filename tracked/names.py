@@ -43,6 +43,9 @@ SWEEP = "mlflow.tracked.sweep"
 TRIAL = "mlflow.tracked.trial"
 CALL = "mlflow.tracked.call"
 PARENT = "mlflow.parentRunId"
+DESCRIPTION = "mlflow.note.content"
+# The SHA-256 of the description that was written last: another one is a person's.
+DESCRIBED = "mlflow.tracked.description"
 # A tag for each fork, because a list in one tag would lose one of two that are written at the same time.
 FORK = "mlflow.tracked.fork."
 
@@ -80,6 +83,14 @@ def newest_attempt(params: Mapping[str, str]) -> tuple[int, str]:
         if name.startswith(_ATTEMPT_PARAM) and (number := name.removeprefix(_ATTEMPT_PARAM)).isdigit()
     ]
     return max(claimed, default=(1, ""))
+
+
+_SYSTEM = re.compile(r"system/(cpu|system_memory|disk|network|gpu_\d+)_\w+")
+
+
+def is_system(key: str) -> bool:
+    """Whether a metric tells of the machine: it has steps of its own, and is no result of the training."""
+    return _SYSTEM.fullmatch(key) is not None
 
 
 _ALLOWED = re.compile(r"[/\w.\- :]*")
@@ -126,3 +137,8 @@ def stored(value: float) -> float:
     SQLite keeps no sign of zero.
     """
     return math.copysign(sys.float_info.max, value) if math.isinf(value) else value + 0.0
+
+
+def same(a: float, b: float) -> bool:
+    """Equal, with NaN equal to NaN."""
+    return a == b or (math.isnan(a) and math.isnan(b))

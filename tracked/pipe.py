@@ -21,7 +21,7 @@ from tracked.checkpoint import Writer
 from tracked.errors import SpoolError
 from tracked.journal import Journal
 from tracked.names import DIVERGED_AT, FILE, POINTS, STATE, folder_name, step_of
-from tracked.packing import records
+from tracked.packing import Point, records
 from tracked.params import as_text
 from tracked.points import PointLog, Replay
 from tracked.provenance import redact_values
@@ -96,6 +96,8 @@ class Attempt:
     overridden: bool = False
     """Whether `params` differ from those that the restored state was trained with."""
     delivers: bool = True
+    first_sample: int = 0
+    """The number of the next sample of the machine."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Packed points that the run begins with: those of the run that it was forked from."""
 
@@ -184,12 +186,34 @@ class Pipe:
             self._appended += body["count"]
             self.flush()  # so that a long history comes to stand in several segments
 
+    def add_points(self, points: Sequence[Point]) -> None:
+        """Journal points that are no results of the training: no checkpoint counts them."""
+        with self._lock:
+            for body in records(points):
+                self._journal.append("points", body)
+            self._appended += len(points)
+
     def add_file(self, name: str, directory: str, write: Callable[[Path], Any]) -> None:
         """Have a file that `write(path)` makes uploaded as `directory/name`.
 
         Raises:
             SpoolError: It cannot be made.
         """
+        relative = self._make(name, write)
+        self.append("artifact", {"file": relative, "directory": directory})
+
+    def add_model(self, write: Callable[[Path], Any], about: Mapping[str, Any]) -> None:
+        """Have a module that `write(folder)` packs logged as a model.
+
+        Raises:
+            SpoolError: It cannot be packed.
+        """
+        relative = self._make("model", write)
+        self.flush()  # the points of its step stand before it
+        self.append("model", {"folder": relative, **about})
+
+    def _make(self, name: str, write: Callable[[Path], Any]) -> str:
+        """A file or folder of the journal; its path in there."""
         with self._lock:
             self._files += 1
             relative = f"files/{self._files:06d}/{name}"
@@ -199,7 +223,7 @@ class Pipe:
             write(path)
         except OSError as error:
             raise spool.unusable(path, error) from error
-        self.append("artifact", {"file": relative, "directory": directory})
+        return relative
 
     def draw(self, name: str, body: Mapping[str, Any]) -> None:
         """Have the sender draw the picture `name` from all that is logged by now; the newest of a name counts."""

@@ -17,7 +17,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
@@ -28,6 +31,8 @@ Columns = tuple[NDArray[np.float64], ...]
 TRAIN = "#0072B2"
 VALIDATION = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARK = "#000000"
+_RUNS = (TRAIN, *VALIDATION, MARK)
+_OTHERS = "#BBBBBB"
 
 STYLE: Any = {  # newer releases type each key, older ones none
     "figure.dpi": 130,
@@ -46,9 +51,11 @@ STYLE: Any = {  # newer releases type each key, older ones none
     "grid.alpha": 0.3,
     "text.parse_math": False,  # a run may be called "$5 a day, $6 a night"
 }
-WIDTH, HEIGHT, _FURTHER_PANEL = 6.0, 4.2, 2.4  # inches
+WIDTH, HEIGHT, _FURTHER_PANEL, _FURTHER_RUNS_PANEL = 6.0, 4.2, 2.4, 2.7  # inches
 _BUCKETS = 100
 _FEW = 30
+_MOST_NUMBERS = 12
+_LONGEST_CLASS = 11
 _DECADES_FOR_LOG = 2.0
 ROUND = [1, 2, 2.5, 5, 10]
 
@@ -64,7 +71,8 @@ def curves(
 
     Args:
         panels: For each panel its histories by key. In the first one, the gap between `train/…` and the
-            first other key is told. A key without a finite point is named and not drawn.
+            first other key is told. A key without a finite point is named and not drawn. Learning rates, `lr` and
+            `lr/…`, are logged when they change: each holds up to the next one, and the last to the end.
         title: Stands above the picture.
         best_step: Where the monitored metric was best.
         attempts: Steps from which the run was resumed.
@@ -74,8 +82,9 @@ def curves(
         ratios = [HEIGHT, *[_FURTHER_PANEL] * (len(panels) - 1)]
         all_axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
         colours = _colours([key for panel in panels for key in panel])
+        end = max((history[-1][0] for panel in panels for history in panel.values() if history), default=0)
         for axes, panel in zip(all_axes, panels, strict=True):
-            _draw(axes, panel, colours, best_step)
+            _draw(axes, panel, colours, best_step, end)
             for step in attempts:
                 axes.axvline(step, color=MARK, lw=1.2, ls=":", alpha=0.6, zorder=1, gid="attempt")
         if attempts:
@@ -84,19 +93,115 @@ def curves(
             if axes.get_legend_handles_labels()[1]:
                 axes.legend()
         # Cut, not wrapped: a long name would leave no room for the curves.
-        lines = [title if len(title) <= 38 else f"{title[:37]}…", _told(panels[0], best_step)]
+        lines = [_cut(title, 38), _told(panels[0], best_step)]
         all_axes[0].set_title("\n".join(filter(None, lines)), loc="left")
-        all_axes[-1].set_xlabel("step")
-        all_axes[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=ROUND))
-        all_axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+        _number_steps(all_axes[-1])
+    return figure
+
+
+def overlaid(panels: Mapping[str, Sequence[History]], labels: Sequence[str], *, title: str = "") -> Figure:
+    """The curves of several runs, a panel for each key below the other; one legend for all.
+
+    The first seven runs have colours and names; the others are grey, behind them.
+
+    Args:
+        panels: For each key the history of every run, in the order of `labels`.
+        labels: What the runs are called.
+        title: Stands above the picture.
+    """
+    named = min(len(labels), len(_RUNS))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT + _FURTHER_RUNS_PANEL * (len(panels) - 1)))
+        ratios = [HEIGHT - 1, *[_FURTHER_RUNS_PANEL] * (len(panels) - 1)]
+        all_axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+        for axes, (key, histories) in zip(all_axes, panels.items(), strict=True):
+            drawn = []
+            for number, history in enumerate(histories):
+                (steps, _, means, _), lost = thinned(history)
+                axes.plot(
+                    steps,
+                    means,
+                    color=_RUNS[number] if number < named else _OTHERS,
+                    lw=2.2 if number < named else 1.2,
+                    marker="o" if len(steps) == 1 else "",
+                    zorder=3 + named - number if number < named else 2,
+                    gid=f"{key} of {labels[number]}",
+                )
+                if lost:
+                    axes.plot([], [], lw=0, label=f"{_cut(labels[number], 20)}: {lost} not finite")
+                drawn.append(means)
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend(handlelength=0)
+            axes.set_title(_cut(key, 38), loc="left")
+            scale_upright(axes, np.concatenate(drawn))
+        lines = [
+            Line2D([], [], color=colour, label=_cut(name, 20))
+            for colour, name in zip(_RUNS, labels, strict=False)
+        ]
+        if named < len(labels):
+            lines.append(Line2D([], [], color=_OTHERS, lw=1.2, label=f"{len(labels) - named} others"))
+        figure.legend(handles=lines, loc="outside lower left", ncols=2, frameon=False, columnspacing=1.0)
+        figure.suptitle(_cut(title, 38), x=0.02, ha="left", fontsize=STYLE["axes.titlesize"])
+        _number_steps(all_axes[-1])
+    return figure
+
+
+def confusion(
+    counts: Sequence[Sequence[int]], *, classes: Sequence[str] = (), title: str = "", step: int | None = None
+) -> Figure:
+    """Which classes are taken for which: a row for each class, shaded by the share of its samples.
+
+    Args:
+        counts: Samples by class (row) and prediction (column), shape [C, C].
+        classes: Their names; by default, or where there are more or fewer of them, their numbers.
+        title: Stands above the picture.
+        step: At which it was found.
+    """
+    found = np.asarray(counts, np.float64)
+    number = len(found)
+    totals = found.sum(1, keepdims=True)
+    shares = np.divide(found, totals, out=np.zeros_like(found), where=totals > 0)
+    names = [str(each) for each in (classes if len(classes) == number else range(number))]
+    names = [_cut(name, _LONGEST_CLASS) for name in names]
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(WIDTH, WIDTH))
+        axes = figure.subplots()
+        shades = LinearSegmentedColormap.from_list("share", ["#FFFFFF", TRAIN])
+        axes.imshow(shares, cmap=shades, norm=PowerNorm(0.5, 0, 1))  # one sample in a hundred can be seen
+        if number <= _MOST_NUMBERS:
+            for (row, column), share in np.ndenumerate(shares):
+                if found[row, column]:
+                    colour = "#FFFFFF" if share > 0.3 else MARK
+                    text = f"{100 * share:.0f}"
+                    axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=13)
+        every = -(-number // _MOST_NUMBERS)
+        axes.set_xticks(
+            range(0, number, every), names[::every], rotation=90 if max(map(len, names)) > 2 else 0
+        )
+        axes.set_yticks(range(0, number, every), names[::every])
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true class, in % of its samples" if number <= _MOST_NUMBERS else "true class")
+        right = f"{100 * found.trace() / max(1.0, found.sum()):.3g} % right"
+        told = right if step is None else f"{right} at best step {step}"
+        axes.set_title("\n".join(filter(None, [_cut(title, 38), told])), loc="left")
     return figure
 
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
+    return drawn_as(figure, "png")
+
+
+def drawn_as(figure: Figure, form: str) -> bytes:
+    """The figure as a file of one of the `forms`."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi="figure")  # by Agg, which needs no display
+    figure.savefig(buffer, format=form, dpi="figure")  # of itself, which needs no display
     return buffer.getvalue()
+
+
+def forms() -> list[str]:
+    """What kinds of file a figure can become: png, svg, pdf and others."""
+    return sorted(FigureCanvasBase.get_supported_filetypes())
 
 
 def gap(train: History, val: History, step: int) -> float | None:
@@ -153,7 +258,19 @@ def spans_decades(values: NDArray[np.float64]) -> bool:
     return math.log10(values.max()) - math.log10(values.min()) > _DECADES_FOR_LOG
 
 
-def _draw(axes: Axes, panel: Mapping[str, History], colours: Mapping[str, str], best: int | None) -> None:
+def _number_steps(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=ROUND))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _draw(
+    axes: Axes, panel: Mapping[str, History], colours: Mapping[str, str], best: int | None, end: int
+) -> None:
     drawn = []
     if best is not None:
         axes.axvline(best, color=MARK, lw=1.8, ls="--", zorder=1, gid="best")
@@ -162,10 +279,15 @@ def _draw(axes: Axes, panel: Mapping[str, History], colours: Mapping[str, str], 
         colour, order = colours[_set(key)], 2 if _is_train(key) else 3
         label = f"{key} ({lost} not finite)" if lost else key
         marker = "o" if len(steps) <= (1 if _is_train(key) else _FEW) else ""
-        axes.plot(steps, means, color=colour, label=label, marker=marker, zorder=order, gid=key)
-        if len(history) > _BUCKETS:
+        if _is_rate(key) and len(steps):
+            steps, means = np.append(steps, end), np.append(means, means[-1])
+            how: dict[str, Any] = {"drawstyle": "steps-post"}
+        else:
+            how = {"marker": marker}
+        axes.plot(steps, means, color=colour, label=label, zorder=order, gid=key, **how)
+        if len(history) > _BUCKETS and not _is_rate(key):
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0, zorder=order - 1)
-        evaluations = () if _is_train(key) else history
+        evaluations = () if _is_train(key) or _is_rate(key) else history
         at_best = [(step, value) for step, _, value in evaluations if step == best and _is_finite(value)]
         if at_best:
             axes.plot(
@@ -208,7 +330,12 @@ def _colours(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _set(key: str) -> str:
-    return key.partition("/")[0]
+    """What gives a key its colour: its data set; of learning rates, each group's is a curve of its own."""
+    return key if _is_rate(key) else key.partition("/")[0]
+
+
+def _is_rate(key: str) -> bool:
+    return key.partition("/")[0] == "lr"
 
 
 def _is_train(key: str) -> bool:

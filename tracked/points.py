@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tracked.errors import MetricError
-from tracked.names import stored, validate_key
+from tracked.names import same, stored, validate_key
 from tracked.packing import Point
 
 Replay = Mapping[str, Mapping[int, float]]
@@ -135,11 +135,6 @@ class PointLog:
         self._series = {
             key: _Series(step, value, state["counts"][key]) for key, (step, value) in state["last"].items()
         }
-
-
-def same(a: float, b: float) -> bool:
-    """Equal, with NaN equal to NaN."""
-    return a == b or (math.isnan(a) and math.isnan(b))
 
 
 def scalar(key: str, value: Any) -> float | torch.Tensor:

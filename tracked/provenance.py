@@ -13,6 +13,8 @@ from pathlib import Path
 
 REDACTED = "[redacted]"
 GIT_TIMEOUT = 2.0  # seconds, for each of at most two calls
+_DIFF_TIMEOUT = 10.0
+LONGEST_DIFF = 1_000_000  # characters
 LONGEST_COMMAND = 4000  # characters; MLflow refuses tags of more than 8000
 
 _PACKAGES = ("torch", "mlflow", "optuna", "numpy")
@@ -64,6 +66,23 @@ def collect(cwd: Path | None = None) -> dict[str, str]:
         **_git(cwd),
     }
     return {name: value for name, value in known.items() if value}
+
+
+def diff(cwd: Path) -> str:
+    """How the files that git tracks differ from the last commit, as a patch, with secrets redacted.
+
+    Empty if nothing differs, and where git does not answer in time. Files that git does not track are not in it.
+    Of more than a million characters the rest is left out, as its last line then says.
+
+    Args:
+        cwd: A folder in the repository.
+    """
+    # Neither a program of the repository's settings nor a colour of the user's has a say in it.
+    plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--no-relative")
+    found = _run_git(cwd, "-c", "core.fsmonitor=false", "diff", *plain, "HEAD", timeout=_DIFF_TIMEOUT) or ""
+    cut = redact_text(found[:LONGEST_DIFF])
+    left = len(found) - LONGEST_DIFF
+    return f"{cut}\n# {left} more characters are left out\n" if left > 0 else cut
 
 
 def mlflow_tags(provenance: Mapping[str, str]) -> dict[str, str]:
@@ -211,7 +230,7 @@ def _git(cwd: Path | None) -> dict[str, str]:
     return {**found, "git_dirty": "true" if dirty else "false"}
 
 
-def _run_git(folder: Path, *arguments: str) -> str | None:
+def _run_git(folder: Path, *arguments: str, timeout: float | None = None) -> str | None:
     import subprocess
 
     try:
@@ -221,7 +240,7 @@ def _run_git(folder: Path, *arguments: str) -> str | None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=GIT_TIMEOUT,
+            timeout=timeout or GIT_TIMEOUT,
             encoding="utf-8",
             errors="replace",
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},  # take no lock from a git the user runs beside

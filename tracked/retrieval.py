@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracked.attempts import pointed, restore
+from tracked.attempts import restore
 from tracked.errors import CheckpointError, ServerUnavailable
 from tracked.inspection import find, object_in, refuse_foreign
 from tracked.names import FILE, HANDLE, MANIFEST, SETTINGS, folder_name, step_of
 from tracked.place import Place
+from tracked.resumption import pointer_in
 from tracked.spool import RunFolder, read_json
 
 if TYPE_CHECKING:
@@ -89,13 +90,13 @@ def retrieve(
             state = restore(server, view, downloads, say, step=chosen)
             where = f"checkpoints/{folder_name(state['step'])}"
             manifest = server.download(view.run_id, f"{where}/{MANIFEST}", folder / where / MANIFEST)
-            if state["step"] == (pointer := pointed(view) or {}).get("step"):
+            if state["step"] == (pointer := pointer_in(view.tags) or {}).get("step"):
                 _check_manifest(manifest, pointer)
             return Retrieved(view, state, folder / where / FILE, manifest)
         except CheckpointError:
             # A training deletes what is superseded, also while this looks.
-            seen, view = pointed(view), server.get_run(view.run_id)
-            if pointed(view) == seen:
+            seen, view = pointer_in(view.tags), server.get_run(view.run_id)
+            if pointer_in(view.tags) == seen:
                 raise
 
 
@@ -110,7 +111,7 @@ def _check_manifest(manifest: Path, pointer: Mapping[str, Any]) -> None:
 
 def _best_step(server: Server, view: RunView, downloads: RunFolder) -> int | None:
     """The step of the committed checkpoint that was the best when it was taken; None if there is no checkpoint."""
-    pointer = pointed(view)
+    pointer = pointer_in(view.tags)
     if pointer is None:
         return None
     rated: dict[int, float] = {}

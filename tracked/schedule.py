@@ -78,6 +78,9 @@ class Settings:
     min_delta: float = 0.0
     deterministic: bool = False
     device: str = "auto"
+    log_model: bool = False
+    register: str | None = None
+    system_metrics: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -121,6 +124,11 @@ class Settings:
         """The settings that a checkpoint recorded; names of other versions are left out."""
         known = {each.name for each in fields(cls)}
         return cls(**{name: item for name, item in value.items() if name in known})
+
+    @property
+    def logs_model(self) -> bool:
+        """Whether the best weights become a model of MLflow at the end."""
+        return self.log_model or self.register is not None
 
     def logs_at(self, step: int, ended: int | None) -> bool:
         """Whether the training loss is logged at `step`, which completed the epoch `ended`, if any.

@@ -294,11 +294,14 @@ class SuccessiveHalving(BasePruner):
     Args:
         min_resource: The first rung, from 1.
         reduction_factor: One of so many goes on, from 2.
+        waits: Stop all that come to the first rung before so many have. Else the first trials are trained whole
+            for no better reason than that they were the first; but they must be able to go on (`promotable`).
     """
 
-    def __init__(self, min_resource: int = 1, reduction_factor: int = 3) -> None:
+    def __init__(self, min_resource: int = 1, reduction_factor: int = 3, *, waits: bool = False) -> None:
         self.min_resource = min_resource
         self.reduction_factor = reduction_factor
+        self.waits = waits
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         others = (other for other in study.get_trials(deepcopy=False) if other.number != trial.number)
@@ -308,7 +311,11 @@ class SuccessiveHalving(BasePruner):
         """Whether `trial`, one of `trials`, ends with its last report."""
         runs = _runs(trials)
         run = next(run for run in runs if run.newest.number == trial.number)
-        return any(run not in self.best(runs, rung, direction, least=1) for rung in self.rungs(run))
+
+        def least(rung: int) -> int:
+            return 0 if self.waits and rung == self.min_resource else 1
+
+        return any(run not in self.best(runs, rung, direction, least=least(rung)) for rung in self.rungs(run))
 
     def rungs(self, run: _Run) -> list[int]:
         """The rungs that the last report took this run to, in ascending order."""
@@ -328,27 +335,56 @@ class SuccessiveHalving(BasePruner):
         good.sort(key=lambda run: sign * run.at(rung))
         return good[: max(least, len(came) // self.reduction_factor)]
 
+    def early(self, runs: Sequence[_Run], direction: Direction) -> list[_Run]:
+        """Those that came to the first rung before reduction_factor had, and were the best when they came."""
+        came = [run for run in runs if self.min_resource <= max(run.reports, default=0)]
+        first = came[: self.reduction_factor - 1] if self.waits else []
+        return [
+            run
+            for count, run in enumerate(first, 1)
+            if run in self.best(first[:count], self.min_resource, direction, least=1)
+        ]
 
-def promotable(trials: Sequence[FrozenTrial], pruner: BasePruner, direction: Direction) -> list[int]:
+
+Turn = Literal["before", "after"]
+
+
+def promotable(
+    trials: Sequence[FrozenTrial], pruner: BasePruner, direction: Direction, turn: Turn
+) -> list[int]:
     """Numbers of pruned trials that by now belong to the best of the rung that they were stopped at.
 
     Those of the highest rung come first, and of one rung the best. A trial that somebody goes on with is none
     of them; of several of one run only the newest may be.
 
+    Before new trials, only the best of a rung goes on. The others of its best n // reduction_factor are likelier to
+    be good than a new one, but the best value is reached later for them: in random searches over
+    `experiments/digits.py`, after 1.15 times as many epochs as without promotion if they all go first.
+
     Args:
         trials: All of the study's.
         pruner: Anything else than `SuccessiveHalving` promotes none.
         direction: The study's.
+        turn: Before a new trial is begun, or after the last one. Then those go on, too, that were stopped only
+            because too few had come: what halving finds without promotion, it finds with it.
     """
     if not isinstance(pruner, SuccessiveHalving):
         return []
     runs = _runs(trials)
-    best = functools.cache(lambda rung: pruner.best(runs, rung, direction))
+
+    @functools.cache
+    def passing(rung: int) -> list[_Run]:
+        best = pruner.best(runs, rung, direction)
+        if turn == "before":
+            return best[:1]
+        early = pruner.early(runs, direction) if rung == pruner.min_resource else []
+        return [*best, *(run for run in early if run not in best)]
+
     found = []
     for run in runs:
         rungs = pruner.rungs(run) if run.newest.state == TrialState.PRUNED else []
-        if rungs and all(run in best(rung) for rung in rungs):
-            found.append((-rungs[-1], best(rungs[-1]).index(run), run.newest.number))
+        if rungs and all(run in passing(rung) for rung in rungs):
+            found.append((-rungs[-1], passing(rungs[-1]).index(run), run.newest.number))
     return [number for *_, number in sorted(found)]
 
 
@@ -403,13 +439,16 @@ _PRUNER_OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
 PRUNERS = tuple(_PRUNER_OPTIONS)
 
 
-def make_pruner(name: str, options: Sequence[str], *, epochs: int | None = None) -> BasePruner:
+def make_pruner(
+    name: str, options: Sequence[str], *, epochs: int | None = None, promotes: bool = False
+) -> BasePruner:
     """The pruner of a sweep. Steps are in the unit of the reports: 1 is the first epoch.
 
     Args:
         name: One of `PRUNERS`.
         options: `name=value` words, under the names of Optuna's own arguments.
         epochs: That a trial trains if it is not stopped; hyperband's `max_resource` unless an option says it.
+        promotes: Whether trials that it has stopped may go on.
 
     Raises:
         UsageError: No such pruner or option, one that is missing, or a value that it refuses.
@@ -427,6 +466,8 @@ def make_pruner(name: str, options: Sequence[str], *, epochs: int | None = None)
                 expected="at most the epochs of a trial as min_resource",
                 try_next="min_resource=1",
             )
+    if name == "sha":
+        given["waits"] = promotes
     if name == "percentile":
         _need_option("pruner percentile", "percentile", given, "25")
     if name == "threshold" and not given:

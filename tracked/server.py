@@ -16,6 +16,7 @@ import time
 import uuid
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -24,7 +25,19 @@ from urllib.parse import quote, unquote, urlsplit
 
 import requests
 from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
-from mlflow.entities import ExperimentTag, LifecycleStage, Metric, Param, Run, RunStatus, RunTag, ViewType
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    ExperimentTag,
+    InputTag,
+    LifecycleStage,
+    Metric,
+    Param,
+    Run,
+    RunStatus,
+    RunTag,
+    ViewType,
+)
 from mlflow.exceptions import InvalidUrlException, MlflowException, RestException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -35,8 +48,10 @@ from mlflow.store.tracking.rest_store import RestStore
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.logging_utils import suppress_logs_in_thread
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.proto_json_utils import parse_dict
 from mlflow.utils.rest_utils import MlflowHostCreds, http_request
+from sqlalchemy import bindparam, text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from tracked.address import database, normalise_uri, redact
@@ -63,6 +78,12 @@ _ENTRIES_A_REQUEST = 100
 _BYTES_A_REQUEST = 900_000  # MLflow's limit is 1 MB for the whole body
 _HISTORY_PAGE = 20_000
 _RUNS_A_PAGE = 1000
+# MLflow's own limits for the histories of several runs.
+_RUNS_OF_A_KEY = 100
+_POINTS_OF_A_CURVE = 2500
+_POINTS_IN_BULK = 25_000
+_AT_A_TIME = 4
+_LONG_READ_SECONDS = 120.0
 _LOOK_AGAIN_SECONDS = 1.0
 
 
@@ -189,16 +210,18 @@ class Server:
         experiment: str | None = None,
         filter: str = "",  # noqa: A002 - MLflow's own word for it
         limit: int = _RUNS_A_PAGE,
+        order_by: str = "attributes.start_time DESC",
     ) -> list[RunView]:
-        """Runs that are not deleted, newest first.
+        """Runs that are not deleted, by default newest first.
 
         Args:
             experiment: Only runs of the experiment of this name; of all experiments by default.
             filter: MLflow's search syntax.
             limit: How many at most.
+            order_by: MLflow's order syntax. By a metric it is by its last value; NaN, and runs without it, last.
 
         Raises:
-            RecordRejected: the filter cannot be parsed.
+            RecordRejected: the filter or the order cannot be parsed.
         """
         if self._absent():
             return []
@@ -214,7 +237,7 @@ class Server:
                     filter,
                     ViewType.ACTIVE_ONLY,
                     min(limit - len(views), _RUNS_A_PAGE),
-                    ["attributes.start_time DESC"],
+                    [order_by],
                     token,
                 )
                 views += [self._view(run, names.get(run.info.experiment_id)) for run in page]
@@ -222,6 +245,10 @@ class Server:
                 if not token:
                     break
         return views
+
+    def experiments(self) -> list[str]:
+        """The names of the experiments that are not deleted."""
+        return [] if self._absent() else sorted(self._experiment_names(None).values())
 
     def find(self, prefix: str) -> list[RunView]:
         """All runs that `prefix` may mean, newest first; the caller says whether one is enough.
@@ -302,6 +329,30 @@ class Server:
         with self._writing(run_id):
             self._store.log_batch(run_id, metrics, [], [])
 
+    def log_inputs(self, run_id: str, inputs: Sequence[Mapping[str, str]], source: Mapping[str, str]) -> None:
+        """Name data sets that a run reads. One that it names already adds nothing.
+
+        Args:
+            run_id: The run.
+            inputs: Of each `name`, `digest`, `schema` and `profile` as `mlflow.entities.Dataset` has them, and its
+                `context`.
+            source: The tags that name the code which made them.
+
+        Raises:
+            RecordRejected: one of them can never be stored.
+            NoSuchRun: the server does not have the run.
+        """
+        code = json.dumps({"tags": dict(source)})
+        datasets = [
+            DatasetInput(
+                Dataset(each["name"], each["digest"], "code", code, each["schema"], each["profile"]),
+                [InputTag(MLFLOW_DATASET_CONTEXT, each["context"])],
+            )
+            for each in inputs
+        ]
+        with self._writing(run_id):
+            self._store.log_inputs(run_id, datasets)
+
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Write params, which can be written once only.
 
@@ -339,6 +390,79 @@ class Server:
                 token = page.token
                 if not token:
                     break
+        return sorted(points, key=lambda point: point[:2])
+
+    def histories(
+        self, run_ids: Sequence[str], key: str, *, about: int | None = None
+    ) -> dict[str, list[tuple[int, int, float]]]:
+        """The points of a key in many runs, as `history` gives them for one.
+
+        Args:
+            run_ids: The runs; one without a point of the key has an empty history.
+            key: The metric.
+            about: So many points of each are enough, evenly spread, the first and the last among them. A server
+                then sends at most 2500; an SQLite file is read whole, which is faster. None: every point.
+
+        Raises:
+            NoSuchRun: the server does not have one of them.
+        """
+        if self._http is None:
+            return self._histories_in_database(run_ids, key)
+        found: dict[str, list[tuple[int, int, float]]] = {run_id: [] for run_id in run_ids}
+        if about is None:
+            # A server may have several processes, and while one of them reads, what another sent is parsed here.
+            with ThreadPoolExecutor(_AT_A_TIME) as threads:
+                found |= zip(
+                    run_ids, threads.map(lambda run_id: self._whole(run_id, key), run_ids), strict=True
+                )
+            return found
+        # With a range of steps a database finds the points of a run by its index, and without it SQLite reads
+        # the key's points in all runs there are. What has steps of more than 32 bits is asked for again.
+        for limits in ({"start_step": -(2**31), "end_step": 2**31 - 1}, {}):
+            missing = [run_id for run_id in run_ids if not found[run_id]]
+            for start in range(0, len(missing), _RUNS_OF_A_KEY):
+                asked = {
+                    "run_ids": missing[start : start + _RUNS_OF_A_KEY],
+                    "metric_key": key,
+                    "max_results": min(about, _POINTS_OF_A_CURVE),
+                    **limits,
+                }
+                address = f"{self._http.host}/api/2.0/mlflow/metrics/get-history-bulk-interval"
+                with self._translated():
+                    answer = self._http.json("GET", address, params=asked, read=_LONG_READ_SECONDS)
+                for point in answer.get("metrics", []):
+                    found[point["run_id"]].append(_point(point))
+        return found
+
+    def _histories_in_database(
+        self, run_ids: Sequence[str], key: str
+    ) -> dict[str, list[tuple[int, int, float]]]:
+        """In one statement: for each of MLflow's own, SQLite reads the key's points in all runs there are."""
+        found: dict[str, list[tuple[int, int, float]]] = {run_id: [] for run_id in run_ids}
+        store = self._store
+        assert isinstance(store, SqlAlchemyStore)
+        statement = text(
+            "SELECT run_uuid, step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END FROM metrics "
+            # The plus keeps SQLite from the index that begins with the key.
+            "WHERE run_uuid IN :runs AND +key = :key ORDER BY run_uuid, step, timestamp"
+        ).bindparams(bindparam("runs", expanding=True))
+        with self._translated(), store.engine.connect() as connection:
+            for run_id, step, timestamp, value in connection.execute(
+                statement, {"runs": [*run_ids], "key": key}
+            ):
+                found[run_id].append((step, timestamp, math.nan if value is None else value))
+        return found
+
+    def _whole(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
+        """As `history`, by the way of MLflow's interface, which does without protobuf and so takes half the time."""
+        assert self._http
+        asked = {"run_id": run_id, "metric_key": key, "max_results": _POINTS_IN_BULK}
+        address = f"{self._http.host}/ajax-api/2.0/mlflow/metrics/get-history-bulk"
+        with self._translated():
+            answer = self._http.json("GET", address, params=asked, read=_LONG_READ_SECONDS)
+        points = [_point(point) for point in answer.get("metrics", [])]
+        if len(points) >= _POINTS_IN_BULK:
+            return self.history(run_id, key)
         return sorted(points, key=lambda point: point[:2])
 
     # Files
@@ -423,6 +547,13 @@ class Server:
     def url(self, run: RunView) -> str:
         """Where a browser shows the run; empty for an SQLite file, which has no address."""
         return f"{self._http.host}/#/experiments/{run.experiment_id}/runs/{run.run_id}" if self._http else ""
+
+    def compare_url(self, runs: Sequence[RunView], host: str = "") -> str:
+        """Where a browser compares the runs, on `host` if not on this server; empty for neither."""
+        host = self._http.host if self._http else host
+        run_ids, experiments = [run.run_id for run in runs], sorted({run.experiment_id for run in runs})
+        words = (quote(json.dumps(each, separators=(",", ":")), safe=",") for each in (run_ids, experiments))
+        return host and "{}/#/compare-runs?runs={}&experiments={}".format(host, *words)
 
     def close(self) -> None:
         """Close idle connections to an SQLite file. The object can be used again."""
@@ -775,6 +906,11 @@ def _no_answer(place: str, reason: str) -> ServerUnavailable:
         expected="an MLflow server that answers",
         try_next=f"curl {place}/health" if place.startswith("http") else "the same again",
     )
+
+
+def _point(answer: Mapping[str, Any]) -> tuple[int, int, float]:
+    """A point as MLflow writes it in JSON, where a number may stand as text."""
+    return int(answer.get("step", 0)), int(answer["timestamp"]), float(answer["value"])
 
 
 def _no_run(run_id: str, place: str) -> NoSuchRun:

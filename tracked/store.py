@@ -7,6 +7,7 @@ store, asked at once; where its answer depends on what was written before, that 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -41,14 +42,19 @@ from mlflow.utils.validation import (
     _validate_tag,
 )
 
+from tracked import calls
 from tracked.address import PLUGIN, database, normalise_uri, redact
 from tracked.calls import Calls, read_timeout
 from tracked.errors import NotDelivered
-from tracked.names import CALL
+from tracked.names import ATTEMPT, CALL, DIVERGED_AT, OVERRIDE, is_system
 from tracked.place import Place
+from tracked.resumption import Resumption, first_step, points_again, resumed_run_id
 from tracked.server import open_database
 
+log = logging.getLogger("tracked")
+
 _INT64 = 1 << 63
+_LONGEST_TAG = 8000  # characters, as MLflow has it
 _RETRY_SECONDS = 1.0
 _MONITOR = "SystemMetricsMonitor"
 
@@ -79,7 +85,7 @@ def tracking_store(store_uri: str) -> TrackingStore:
         inner = _OnceStore(place.tracking_uri)
     else:
         inner = open_database(place.tracking_uri, path)
-    return TrackingStore(inner, Calls(place.outbox(), place.tracking_uri))
+    return TrackingStore(inner, calls.to(place))
 
 
 def registry_store(store_uri: str) -> RegistryRestStore | RegistrySqlAlchemyStore:
@@ -165,6 +171,8 @@ class TrackingStore:
         self._calls = calls
         self._runs: dict[str, _Known] = {}
         self._names: set[str] = set()
+        self._resumed = resumed_run_id()
+        self._resumption: Resumption | None = None
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
@@ -237,12 +245,35 @@ class TrackingStore:
             self._runs[run.info.run_id] = _Known(run.info, params)
         return run
 
+    def _resume(self, run_id: str) -> Resumption:
+        """Begin another attempt of the run that this process goes on with, knowing what stands of it already."""
+        self._wait(run_id)
+        run = self._inner.get_run(run_id)
+        first = first_step(run.data.tags)
+        replay = {}
+        for latest in run.data._metric_objs:  # noqa: SLF001 - `metrics` has no steps
+            if latest.step >= first and not is_system(latest.key):
+                history = self._inner.get_metric_history(run_id, latest.key)
+                replay[latest.key] = points_again([(each.step, each.value) for each in history], first)
+        self._begin_attempt(run)
+        return Resumption(run.data.params, replay)
+
+    def _begin_attempt(self, run: Run) -> None:
+        """Have the run say that it is trained again."""
+        attempt = run.data.tags.get(ATTEMPT, "1")
+        number = int(attempt) + 1 if attempt.isdigit() else 2
+        self._inner.set_tag(run.info.run_id, RunTag(ATTEMPT, str(number)))
+        self._inner.update_run_info(run.info.run_id, RunStatus.RUNNING, None, None)
+        log.info("going on with run %s, attempt %d", run.info.run_id, number)
+
     def _writable(self, run_id: str) -> _Known:
         """What is known of a run that is to be written.
 
         Raises:
             MlflowException: MLflow's own, for a run that does not exist or was deleted.
         """
+        if run_id == self._resumed and self._resumption is None:
+            self._resumption = self._resume(run_id)  # only now: a process that but reads is no attempt
         if run_id not in self._runs:
             check_run_is_active(self._learn(self._inner.get_run(run_id)).info)
         return self._runs[run_id]
@@ -260,13 +291,26 @@ class TrackingStore:
     # -- what is logged to them
 
     def log_metric(self, run_id: str, metric: Metric) -> None:
-        if run_id not in self._runs:
+        if run_id not in self._runs or run_id == self._resumed:
             self._writable(run_id)
-        self._calls.add(run_id, *self._checked(metric))
+        kind, entry = self._checked(metric)
+        if not self._stands(run_id, metric):
+            self._calls.add(run_id, kind, entry)
+
+    def _stands(self, run_id: str, metric: Metric) -> bool:
+        """Whether it is a point of an earlier attempt, which is not written twice."""
+        resumption = self._resumption if run_id == self._resumed else None
+        if resumption is None or not resumption.stands(metric.key, metric.step, float(metric.value)):
+            return False
+        if resumption.diverged:
+            self._calls.add(run_id, "tags", {DIVERGED_AT: resumption.diverged})
+        return True
 
     def log_param(self, run_id: str, param: Param) -> None:
         known = self._writable(run_id)
         checked = _validate_param(param.key, param.value)
+        if self._keeps(run_id, checked):
+            return
         if known.params.setdefault(param.key, checked.value) != checked.value:
             self._change(run_id, self._inner.log_param, param)
         else:
@@ -289,17 +333,32 @@ class TrackingStore:
         checked_tags = [_validate_tag(t.key, t.value, f"tags[{i}]") for i, t in enumerate(tags)]
         _validate_batch_log_limits(metrics, params, tags)
         _validate_param_keys_unique(params)
+        params = checked_params = [param for param in checked_params if not self._keeps(run_id, param)]
+        news = [
+            (metric, entry)
+            for metric, entry in zip(metrics, points, strict=True)
+            if not self._stands(run_id, metric)
+        ]
         changes = any(known.params.get(p.key, p.value) != p.value for p in checked_params)
         if changes or any(tag.key == MLFLOW_RUN_NAME for tag in tags):
-            self._change(run_id, self._inner.log_batch, metrics, params, tags)
+            self._change(run_id, self._inner.log_batch, [metric for metric, _ in news], params, tags)
             return
         known.params |= {param.key: param.value for param in checked_params}
         for param in checked_params:
             self._calls.add(run_id, "params", {param.key: param.value})
-        for kind, point in points:
+        for _, (kind, point) in news:
             self._calls.add(run_id, kind, point)
         for tag in checked_tags:
             self._calls.add(run_id, "tags", {tag.key: tag.value})
+
+    def _keeps(self, run_id: str, param: Param) -> bool:
+        """Whether a resumed run has another value of it already, which stays; what it was to be stands in a tag."""
+        resumption = self._resumption if run_id == self._resumed else None
+        if resumption is None or not resumption.keeps(param.key, param.value):
+            return False
+        if len(note := json.dumps({"params": resumption.overridden})) <= _LONGEST_TAG:
+            self._calls.add(run_id, "tags", {OVERRIDE: note})
+        return True
 
     def _checked(self, metric: Metric, path: str = "") -> tuple[str, Any]:
         """The entry for a metric.

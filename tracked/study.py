@@ -19,7 +19,7 @@ from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tracked.search import LOST, PROMOTED_FROM, RUN, direction_of
+from tracked.search import LOST, PROMOTED_FROM, RUN, Turn, direction_of
 from tracked.trials import Trial
 from tracked.trials import TrialState as State
 
@@ -54,13 +54,13 @@ class Method:
         sampler: The sampler for a trial of that number.
         pruner: Decides which trials end early.
         suggest: The params of a trial.
-        promotable: Numbers of pruned trials that deserve to go on, best first.
+        promotable: Numbers of pruned trials whose turn it is to go on, best first.
     """
 
     sampler: Callable[[int], optuna.samplers.BaseSampler]
     pruner: optuna.pruners.BasePruner
     suggest: Callable[[optuna.Trial], Mapping[str, Any]]
-    promotable: Callable[[list[FrozenTrial]], list[int]] = lambda _: []
+    promotable: Callable[[list[FrozenTrial], Turn], list[int]] = lambda *_: []
 
 
 class Study:
@@ -302,10 +302,10 @@ class Study:
         """How many trials were asked for, whoever asked."""
         return len(self._newest_rows())
 
-    def promotable(self) -> list[int]:
-        """Pruned trials that deserve to go on by what the others have reached since, best first."""
+    def promotable(self, turn: Turn) -> list[int]:
+        """Pruned trials whose turn it is to go on by what the others have reached since, best first."""
         rows = self._all()
-        return [self._root(rows[number]) for number in self._method.promotable(rows)]
+        return [self._root(rows[number]) for number in self._method.promotable(rows, turn)]
 
     def importances(self) -> dict[str, float]:
         """How much each param matters for the value, in all 1; empty while too few trials have finished."""

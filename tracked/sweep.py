@@ -25,6 +25,7 @@ from tracked import params, ranking, spool
 from tracked import space as spaces
 from tracked.attempts import Asking
 from tracked.crew import Crew, Hand, Message
+from tracked.delivery import watch_seconds
 from tracked.errors import RunTaken, ServerError, ServerUnavailable, UsageError
 from tracked.experiment import Experiment
 from tracked.names import (
@@ -38,7 +39,6 @@ from tracked.names import (
     TRIAL_NUMBER,
     newest_attempt,
 )
-from tracked.sender import watch_seconds
 from tracked.spool import RunFolder
 from tracked.storage import open_storage
 from tracked.study import Study
@@ -51,6 +51,7 @@ from tracked.trials import Trial, TrialState, best_value
 from tracked.worker import Begun, Order, Over, Ready, Report, Setup, Verdict
 
 if TYPE_CHECKING:
+    from tracked.search import Turn
     from tracked.server import RunView, Server
 
 _LOOK_SECONDS = 1.0
@@ -369,13 +370,19 @@ class _Coordinator:
             return self._waiting.pop(0)
         if self._is_out_of_time:
             return None
-        for promoted in self._study.promotable():
-            if promoted not in self._parked and self._study.promote(promoted):
-                return promoted
-        number = None if self._why_no_more() else self._study.ask(self._most)
-        if number is not None:
+        if (promoted := self._promoted("before")) is not None:
+            return promoted
+        if not self._why_no_more() and (number := self._study.ask(self._most)) is not None:
             self._asked.add(number)
-        return number
+            return number
+        return self._promoted("after")
+
+    def _promoted(self, turn: Turn) -> int | None:
+        """A trial that had been stopped, and goes on now."""
+        for number in self._study.promotable(turn):
+            if number not in self._parked and self._study.promote(number):
+                return number
+        return None
 
     def _order(self, number: int) -> Order:
         suggested = self._study.reopen(number)

@@ -118,11 +118,15 @@ class Plan:
             assert experiment.suggest is not None
             return experiment.suggest(trial)
 
-        pruner = search.make_pruner(request.pruner, request.pruner_options, epochs=settings.get("epochs"))
+        # Out of time, or of epochs, nothing goes on that was stopped: then it has to be worth it when it is stopped.
+        promotes = request.promote and request.seconds is None and request.max_epochs is None
+        pruner = search.make_pruner(
+            request.pruner, request.pruner_options, epochs=settings.get("epochs"), promotes=promotes
+        )
 
-        def promotable(rows: list[Any]) -> list[int]:
+        def promotable(rows: list[Any], turn: search.Turn) -> list[int]:
             direction: search.Direction = "minimize" if mode == "min" else "maximize"
-            return search.promotable(rows, pruner, direction) if request.promote else []
+            return search.promotable(rows, pruner, direction, turn) if request.promote else []
 
         method = Method(
             sampler=lambda number: search.make_sampler(

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from tracked.checkpoint import check_loadable, load
 from tracked.data import Batches, in_groups
+from tracked.datasets import described, merged
 from tracked.errors import CheckpointError, LossNotFinite, RunTaken, SpoolError, TrackedError, UsageError
 from tracked.names import BEST, EXACT, FILE, MANIFEST, OVERFITTING, SETTINGS, STOP_REASON, folder_name
 from tracked.pipe import Attempt, Pipe, Progress, Retention, shown_params
@@ -41,6 +42,7 @@ from tracked.spool import read_json
 from tracked.state import Parts
 from tracked.stopping import Overfitting, Stopping
 from tracked.streams import Stream, batches_of
+from tracked.system_metrics import Monitor
 
 PAUSED_EXIT = 75
 
@@ -93,8 +95,8 @@ class Run:
         self.total_steps: int | None = None
         self.stopping = Stopping(settings.mode or "min", settings.patience, settings.min_delta)
         self.overfitting = Overfitting()
-        self.draws = True
-        """Whether `draw_curves` does anything: of many runs side by side, one picture of all says more."""
+        self.presents = True
+        """Whether pictures are drawn of it, and its data sets named: of trials side by side, their parent says more."""
         self.progress = progress or Progress()
         self.last_state = "running"
         self.undelivered = 0
@@ -122,6 +124,7 @@ class Run:
         self._ends_after_step = ""
         self._facts: dict[str, Any] = {}
         self._recorded: dict[str, str] = {}
+        self._inputs: list[tuple[Dataset[Any], str]] = []
         self._looping = False
         self._over = False
         self._due = Due(settings.checkpoint_every)
@@ -129,6 +132,7 @@ class Run:
         retention = Retention(settings.keep_last, settings.keep_best, self.stopping.mode)
         self._pipe = Pipe(attempt, retention, self.progress, drain_timeout)
         self._points = self._pipe.points
+        self._monitor = self._monitored(attempt.first_sample) if settings.system_metrics else None
         if self._restored is not None:
             self._continue(self._restored)
         if (self.attempt == 1 or self._restored is None) and attempt.params:
@@ -237,6 +241,17 @@ class Run:
         """Set tags with the first batch: a resume that cannot begin changes nothing."""
         self._recorded |= tags
 
+    def log_input(self, data: Dataset[Any], context: str = "validation") -> None:
+        """Name a data set that the run reads, as an input of the run; the one of `batches` is named anyway.
+
+        Call it before the first batch. It is told once, by the attempt that begins the run.
+
+        Args:
+            data: A data set. See `datasets.described` for what is looked at.
+            context: What it is for.
+        """
+        self._inputs.append((data, context))
+
     def changed(self, values: Mapping[str, float]) -> dict[str, float]:
         """Those of `values` that differ from what was last logged under their key."""
         return {key: value for key, value in values.items() if self._points.last(key) != value}
@@ -343,6 +358,7 @@ class Run:
         drop_last: bool,
     ) -> Batches | Stream:
         seed = self.settings.seed
+        self._inputs.insert(0, (data, "training"))
         return batches_of(
             data, batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, loader=loader
         )
@@ -522,6 +538,19 @@ class Run:
         """
         self._add_file(name, lambda path: path.write_bytes(content))
 
+    def add_model(self, write: Callable[[Path], None], *, step: int, register: str | None = None) -> None:
+        """Have a module that `write(folder)` packs logged as a model of MLflow's PyTorch flavour.
+
+        Args:
+            write: See `modelling`.
+            step: The step of its weights.
+            register: The name in the model registry under which it becomes a version, with the alias `best`.
+
+        Raises:
+            SpoolError: The spool cannot be written.
+        """
+        self._pipe.add_model(write, {"step": step, "register": register})
+
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Have further params shown; MLflow keeps the first value of each.
 
@@ -546,13 +575,27 @@ class Run:
             panels: The keys of each panel, from above; `["train/loss", "val/loss"]` shows the gap between them.
             name: A path among the run's artifacts that ends in `.png`.
         """
-        if not self.draws:
+        if not self.presents:
             return
         best = None if self.stopping.best is None else self.stopping.best_step
         attempts = self._attempt.about.get("resumed_at", [])
         self._pipe.draw(
             name, {"panels": [[*keys] for keys in panels], "best_step": best, "attempts": attempts}
         )
+
+    def draw_confusion(
+        self, counts: Sequence[Sequence[int]], classes: Sequence[str] = (), name: str = "plots/confusion.png"
+    ) -> None:
+        """Have a picture drawn, beside the training, of which classes were taken for which at this step.
+
+        Args:
+            counts: Samples of each class (row) by what they were taken for (column), shape `[C, C]`.
+            classes: Their names; by default their numbers.
+            name: A path among the run's artifacts that ends in `.png`; a later picture of that name replaces it.
+        """
+        if self.presents:
+            counted = [[int(each) for each in row] for row in counts]
+            self._pipe.draw(name, {"confusion": counted, "classes": [*map(str, classes)], "step": self.step})
 
     def judge_overfitting(self, key: str, val: float) -> None:
         """Take the validation loss of an evaluation; what there is to say of it becomes the run's tag.
@@ -608,6 +651,7 @@ class Run:
         tags = {STOP_REASON: reason} if reason else {}
         if self.stopping.best is not None:
             tags[BEST] = f"{self.settings.monitor} {self.stopping.best:.6g} at step {self.stopping.best_step}"
+        self._monitor = None  # what it took from here on would never be sent
         self._pipe.close(state, tags, self._beside)
         self.last_state = state
         self.metrics = self.latest()
@@ -682,6 +726,9 @@ class Run:
         if is_new := self.attempt == 1 or self._restored is None:
             loop = {**asdict(self.settings), **self._facts}
             self._pipe.append("params", {f"loop.{name}": _as_text(value) for name, value in loop.items()})
+            if self._inputs and self.presents:
+                self._pipe.append("inputs", merged([described(*each) for each in self._inputs]))
+        self._inputs = []
         if self._restored is None:
             seed_generators(derive(self.settings.seed, "loop"))
             source = self._source.probe() if self._source is not None else None
@@ -867,8 +914,15 @@ class Run:
 
     # -- beside the training
 
+    def _monitored(self, first_sample: int) -> Monitor | None:
+        try:
+            return Monitor(first_sample)
+        except ImportError:
+            self.progress.warn("no system metrics are logged: psutil is missing\n  try: pip install psutil")
+            return None
+
     def _beside(self, said: Mapping[str, Any]) -> None:
-        """Take note of what the sender says, and show how far it is."""
+        """Take note of what the sender says and of how the machine does, and show how far it is."""
         if said.get("superseded"):
             self._leave = ("superseded", "another process has taken the run over")
             self._ask_for_attention()
@@ -877,6 +931,12 @@ class Run:
         if self._due.is_late() or self._points.not_finite is not None:
             self._ask_for_attention()
         self.progress.update(self)
+        if (monitor := self._monitor) is not None:
+            self._pipe.add_points(monitor.take())
+
+    def counts(self) -> dict[str, int]:
+        """How many points each metric has had, in all attempts."""
+        return self._points.counts()
 
     def latest(self) -> dict[str, float]:
         """The last value of each metric."""

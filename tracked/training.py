@@ -20,12 +20,13 @@ import torch
 
 from tracked import experiment as experiments
 from tracked import loop, params, provenance
-from tracked.attempts import Asking, begin, drain, fetch_best, pointed, rehearse, take_over, watch
+from tracked.attempts import Asking, begin, drain, fetch_best, rehearse, take_over, watch
 from tracked.checkpoint import load
 from tracked.deferred_compiler import defer_compiler
 from tracked.errors import CheckpointError, UsageError
 from tracked.experiment import Experiment, Task
 from tracked.forking import Origin, find_origin
+from tracked.modelling import log_model
 from tracked.names import (
     EXACT,
     EXPERIMENT_FILE,
@@ -42,6 +43,7 @@ from tracked.names import (
 )
 from tracked.pipe import Attempt, Progress, shown_params
 from tracked.place import Place
+from tracked.resumption import pointer_in
 from tracked.schedule import Settings
 from tracked.seeding import derive, seed_generators
 from tracked.spool import read_json
@@ -51,7 +53,10 @@ if TYPE_CHECKING:
     from tracked.server import RunView
 
 _UNSEEN_BY_VALUES = frozenset(
-    {"epochs", "max_steps", "checkpoint_every", "keep_last", "keep_best", "patience", "min_delta", "device"}
+    {
+        *("epochs", "max_steps", "checkpoint_every", "keep_last", "keep_best", "patience", "min_delta"),
+        *("device", "log_model", "register", "system_metrics"),
+    }
 )
 _CHECK_STEPS = 3
 _LONGEST_TAG = 5000  # MLflow 2 cuts at 5000 characters, MLflow 3 at 8000
@@ -87,6 +92,7 @@ class Request:
     run_key: str | None = None
     config: Path | None = None
     file: Path | None = None
+    log_diff: bool = False
     progress: Progress = field(default_factory=Progress)
     drain_timeout: float = 60.0
     run: Run | None = field(default=None, init=False)
@@ -112,7 +118,7 @@ def train(path: Path, request: Request) -> Run:
             raise NothingLeft(
                 view, f"run {view.run_id} of key {request.run_key!r} is {state}: nothing is left to do"
             )
-        if pointed(view) is not None:
+        if pointer_in(view.tags) is not None:
             _check_same_line(request, view, path, values)
             request.file, request.overrides = path, []
             return resume(view.run_id, request)
@@ -133,8 +139,17 @@ def train(path: Path, request: Request) -> Run:
     request.progress.say(_named(run))
     with until_over(run):
         run.log_artifact(experiment.path, "source")
+        if request.log_diff:
+            _log_diff(experiment.path.parent, run)
         carry_out(experiment, values, run)
     return run
+
+
+def _log_diff(folder: Path, run: Run) -> None:
+    if text := provenance.diff(folder):
+        run.log_text(text, "source/diff.patch")
+    else:
+        run.progress.say("no diff to log: no file that git tracks differs from the last commit")
 
 
 def _named(run: Run) -> str:
@@ -246,7 +261,7 @@ def resume(word: str, request: Request) -> Run:
         assert attempt.restored is not None
         new, settings, override, standing = _continued(experiment, request, attempt.restored, view)
         _refuse_beyond(attempt, override, standing, _fork_line(attempt, word, *_typed(request)))
-        if settings.patience is not None:
+        if settings.patience is not None or settings.logs_model:
             fetch_best(request.place, view, attempt, request.progress.say)
     except BaseException:
         attempt.lock.release()
@@ -312,7 +327,7 @@ def fork(word: str, request: Request, *, step: int | None = None) -> Run:
 
 
 def _check_fork_has_work(view: RunView, step: int | None, asked: Mapping[str, Any]) -> None:
-    if step not in (None, (pointed(view) or {}).get("step")):
+    if step not in (None, (pointer_in(view.tags) or {}).get("step")):
         return
     try:
         _check_work_left(view, asked)
@@ -492,6 +507,8 @@ def carry_out(experiment: Experiment, values: Any, run: Run, task: Task | None =
     task = task or _build(experiment, values, run.settings)
     if task is not None:
         loop.fit(task, run)
+        if run.settings.logs_model and not run.stopping.is_pruned:
+            log_model(task, experiment, run)
     elif experiment.main is not None:
         experiment.main(run, values)
 
@@ -505,7 +522,7 @@ def _check_work_left(view: RunView, asked: Mapping[str, Any]) -> None:
     if state == "stopped_early":
         longer = asked.get("patience", 0) > (recorded.get("patience") or 0)
     if not longer:
-        pointer = pointed(view)
+        pointer = pointer_in(view.tags)
         step = f" at step {pointer['step']}" if pointer else ""
         more = (
             "--patience with a larger number" if state == "stopped_early" else "--epochs with a larger number"
@@ -850,6 +867,8 @@ def check(path: Path, request: Request) -> tuple[int, int]:
         eval_every=steps,
         checkpoint_every=(steps,),
         keep_last=3,
+        log_model=False,
+        register=None,
     )
     with tempfile.TemporaryDirectory(prefix="tracked-check-") as temp:
         first = _check_run(Path(temp) / "first", experiment, values, settings, None)

@@ -11,7 +11,7 @@ import os
 import queue
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -215,12 +215,13 @@ class Worker:
             if setup.settings.get("patience") is not None and attempt.restored is not None:
                 fetch_best(place, view, attempt, _quiet)
         attempt.about = attempt.about or self._about
-        settings = Settings(**setup.settings)
+        # Seconds each, in a process of its own: the model worth having is that of the best trial.
+        settings = Settings(**{**setup.settings, "log_model": False, "register": None})
         if order.epochs is not None:
-            settings = Settings(**{**setup.settings, "epochs": order.epochs})
+            settings = replace(settings, epochs=order.epochs)
         run = Run(attempt, settings, progress=_Silent(), drain_timeout=0.0)
         run.stopping.pruner = self._ask
-        run.draws = False  # half a second each, beside the trainings; the parent shows the curves of all
+        run.presents = False  # half a second each, beside the trainings; the parent shows the curves of all
         if order.goes_on_from is not None and run.epochs_done <= order.goes_on_from:
             run.stopping.pruned_in, run.stopping.waited = None, 0
         return run

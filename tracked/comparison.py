@@ -1,0 +1,364 @@
+"""How runs differ: their params, metrics and ends side by side, and their curves in one picture."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracked.errors import UsageError
+from tracked.inspection import Summary, best_point, find, folders, object_in, some, summary_of
+from tracked.names import HANDLE, SETTINGS, SWEEP, is_system
+from tracked.place import Place
+from tracked.ranking import Mode
+from tracked.tables import ago, aligned, distinct_length, one_line
+
+if TYPE_CHECKING:
+    from tracked.server import RunView, Server
+
+Say = Callable[[str], None]
+History = Sequence[tuple[int, int, float]]
+
+_PATIENCE = 30.0  # seconds for an answer
+_METRICS = 6  # that the table and the picture show
+_SIDE_BY_SIDE = 4  # runs that have a column each; of more, each has a row
+_WIDEST = 24  # characters of a param's value
+_LINE = 240  # characters
+_POINTS = 20_000  # of a picture's panel that are fetched, for all its curves together
+_LEAST_OF_A_CURVE, _MOST_OF_A_CURVE = 200, 2000
+_NAMED = 7  # curves that a picture has colours for
+_FIRST = ("val/loss", "train/loss")
+_UI = "http://127.0.0.1:5000"  # where `ui` serves an SQLite file
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One of the runs.
+
+    Attributes:
+        summary: How it stands; its best and last are those of the comparison's metric, not of its own.
+        seconds: From its start to its end, or to its last point; pauses count. None if it has none.
+        best_step: Where the metric was best.
+        params: Its params, as the server shows them.
+    """
+
+    summary: Summary
+    seconds: float | None
+    best_step: int | None
+    params: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        told = self.summary.as_json()
+        return {**told, "best_step": self.best_step, "seconds": self.seconds, "params": dict(self.params)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs beside each other.
+
+    Attributes:
+        runs: In the order in which they were named, or best first where they were chosen.
+        metric: What they are compared by; None where they have no metric.
+        mode: Whether its smaller or larger values are better.
+        url: The page of MLflow's interface that compares them; of an SQLite file, as `ui` serves it.
+        curves: The picture's panels: metric -> run ID -> history, thinned where the server can do so.
+    """
+
+    runs: Sequence[Compared]
+    metric: str | None
+    mode: Mode
+    url: str
+    curves: Mapping[str, Mapping[str, History]]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric,
+            "mode": self.mode,
+            "url": self.url,
+            "params_that_differ": [name for name in self._params() if self._differs(name)],
+            "runs": [run.as_json() for run in self.runs],
+        }
+
+    def table(self) -> str:
+        """What differs as aligned text, and below it in one line what does not."""
+        columns = self._columns()
+        differing = [(title, cells) for title, cells in columns if len(set(cells)) > 1]
+        length = distinct_length([run.summary.run_id for run in self.runs])
+        ids = [run.summary.run_id[:length] for run in self.runs]
+        rows = [[title, *cells] for title, cells in [("run", ids), *differing]]
+        if len(self.runs) > _SIDE_BY_SIDE:
+            rows = [list(row) for row in zip(*rows, strict=True)]
+        same = [f"{title} {cells[0]}" for title, cells in columns if len(set(cells)) == 1 and cells[0]]
+        lines = [aligned(rows)]
+        if same:
+            lines += ["", one_line(f"the same in all {len(self.runs)}: {', '.join(same)}", _LINE)]
+        if left := len({key for run in self.runs for key in run.summary.metrics}) - len(self._metrics()):
+            lines.append(f"{left} further metrics: --json")
+        return "\n".join(lines)
+
+    def _columns(self) -> list[tuple[str, list[str]]]:
+        """Titles, which may be any param's name, and the cell of each run."""
+        summaries = [run.summary for run in self.runs]
+        columns = [
+            ("name", [one_line(each.name, _WIDEST) for each in summaries]),
+            ("experiment", [each.experiment for each in summaries]),
+            ("state", [each.state for each in summaries]),
+            ("time", ["" if run.seconds is None else ago(run.seconds) for run in self.runs]),
+            ("epoch", [_cell(each.epoch) for each in summaries]),
+            ("step", [_cell(each.step) for each in summaries]),
+        ]
+        if self.metric is not None:
+            columns.append((f"best {self.metric}", [_cell(each.best) for each in summaries]))
+            columns.append(("at step", [_cell(run.best_step) for run in self.runs]))
+        metrics = [
+            (f"last {key}", [_cell(each.metrics.get(key)) for each in summaries]) for key in self._metrics()
+        ]
+        params = [
+            (name, [one_line(run.params.get(name, ""), _WIDEST) for run in self.runs])
+            for name in self._params()
+        ]
+        return [*columns, *metrics, *params]
+
+    def _metrics(self) -> list[str]:
+        return _by_importance([run.summary.metrics for run in self.runs], self.metric)[:_METRICS]
+
+    def _params(self) -> list[str]:
+        """Hyperparameters first, then the loop's settings."""
+        # The claim of an attempt is a param only because a param can be written once.
+        names = {name for run in self.runs for name in run.params if not name.startswith("tracked.attempt.")}
+        return sorted(names, key=lambda name: (name.startswith("loop."), name))
+
+    def _differs(self, param: str) -> bool:
+        return len({run.params.get(param) for run in self.runs}) > 1
+
+
+def compare(
+    place: Place,
+    words: Sequence[str],
+    say: Say,
+    *,
+    experiment: str | None = None,
+    top: int = 10,
+    metric: str | None = None,
+    mode: Mode | None = None,
+    with_curves: bool = False,
+) -> Comparison:
+    """Runs beside each other, those that are named or the best of an experiment.
+
+    Args:
+        place: Where they stand.
+        words: For each run an ID, unique prefix of an ID, local handle, name, or `last`; also of runs that
+            were not made by this package.
+        say: Told when the server cannot be asked.
+        experiment: Instead of `words`: of this experiment, the `top` runs. A sweep's parent is none of them.
+        top: How many.
+        metric: What they are compared by; by default what most of them monitor, else `val/loss` or
+            `train/loss`, else what comes first.
+        mode: Whether its smaller or larger values are better; by default as the runs say, else "min".
+        with_curves: Whether the histories for a picture are fetched.
+
+    Raises:
+        UsageError: These are fewer than two runs, or none of them has the metric.
+        RunNotFound: There is no such run, or several.
+        ServerError: The server does not answer.
+    """
+    from tracked.server import Server
+
+    server = Server(place.tracking_uri, timeout=_PATIENCE, create=False)
+    if experiment is None:
+        found = [find(server, place, word, say)[0] for word in words]
+        views = list({view.run_id or view.tags[HANDLE]: view for view in found}.values())
+    elif words:
+        raise UsageError(
+            "--experiment chooses the runs, and runs are named as well",
+            expected="one of the two",
+            try_next=f"python -m tracked.run compare --experiment {experiment}",
+        )
+    else:
+        views = _in_experiment(server, experiment)
+    if len(views) < 2:
+        count = "one run" if views else "no run"
+        raise UsageError(
+            f"there is {count} to compare{f' in experiment {experiment!r}' if experiment else ''}",
+            expected="at least two different runs",
+            try_next="python -m tracked.run list",
+        )
+    metric, mode = _compared_by(views, metric, mode)
+    histories: dict[str, History] = {}
+    if metric is not None:
+        have = [view.run_id for view in views if view.status and metric in view.latest]
+        histories |= server.histories(have, metric)
+    best = {run_id: best_point(history, mode) for run_id, history in histories.items()}
+    if experiment is not None:
+        views = _best_first(views, best, mode)[:top]
+    on_server = [view for view in views if view.status]  # the spool alone knows no history
+    experiments = {
+        each: server.experiment_name(each) for each in sorted({view.experiment_id for view in on_server})
+    }
+    local = folders(place)
+    compared = []
+    for view in views:
+        step, value = best.get(view.run_id) or (None, None)
+        last = view.latest.get(metric) if metric else None
+        summary = replace(
+            summary_of(view, local.get(view.tags.get(HANDLE, ""), []), value),
+            experiment=experiments.get(view.experiment_id) or view.experiment_name or "",
+            monitor=metric,
+            last=last.value if last else None,
+        )
+        compared.append(Compared(summary, _seconds(view), step, view.params))
+    curves = {}
+    if with_curves:
+        # The best ones have names in a picture of many.
+        drawn = on_server if len(on_server) <= _NAMED else _best_first(on_server, best, mode)
+        curves = _curves(server, drawn, metric, histories)
+    return Comparison(compared, metric, mode, server.compare_url(on_server, _UI), curves)
+
+
+def draw(comparison: Comparison, file: Path) -> None:
+    """Write the curves as a picture, in the form that the file's suffix names.
+
+    Raises:
+        UsageError: No run has a curve, or the file cannot be written.
+    """
+    from tracked import plots
+
+    if not comparison.curves:
+        raise UsageError(
+            "none of these runs has a metric on the server, so there is no curve to draw",
+            expected="runs that have logged a metric",
+            try_next="python -m tracked.run list",
+        )
+    length = distinct_length([run.summary.run_id for run in comparison.runs])
+    names = {run.summary.run_id: run.summary.name for run in comparison.runs}
+    called = Counter(names.values())
+    panels = {key: list(histories.values()) for key, histories in comparison.curves.items()}
+    labels = [
+        names[run_id] if called[names[run_id]] == 1 and names[run_id] else run_id[:length]
+        for run_id in next(iter(comparison.curves.values()))
+    ]
+    figure = plots.overlaid(panels, labels)
+    try:
+        file.write_bytes(plots.drawn_as(figure, file.suffix[1:].lower()))
+    except OSError as error:
+        raise _unwritable(file, error.strerror or str(error)) from None
+
+
+def check_picture(file: Path) -> None:
+    """Refuse a picture that could not be written, before anything is fetched for it.
+
+    Raises:
+        UsageError: matplotlib does not know the suffix, or the folder cannot be written to.
+    """
+    from tracked import plots
+
+    if file.suffix[1:].lower() not in plots.forms():
+        raise UsageError(
+            f"{str(file)!r} does not end like a picture",
+            expected=f"one of {', '.join(f'.{form}' for form in plots.forms())}",
+            try_next=f"--to {file.with_suffix('.png') if file.name else 'curves.png'}",
+        )
+    if file.is_dir():
+        raise _unwritable(file, "it is a folder")
+    if not file.parent.is_dir():
+        raise _unwritable(file, "its folder does not exist")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise _unwritable(file, "permission denied")
+
+
+def _unwritable(file: Path, why: str) -> UsageError:
+    return UsageError(
+        f"the picture {file} cannot be written: {why}",
+        expected="a file in a folder that can be written to",
+        try_next=f"--to {file.name or 'curves.png'}",
+    )
+
+
+def _in_experiment(server: Server, experiment: str) -> list[RunView]:
+    """All runs of an experiment but the parents of its sweeps."""
+    if experiment not in (known := server.experiments()):
+        raise UsageError(
+            f"there is no experiment {experiment!r} on {server.place}",
+            expected=f"one of {some(known)}" if known else "an experiment with runs in it",
+            try_next="python -m tracked.run list",
+        )
+    return [
+        view for view in server.search(experiment=experiment, limit=sys.maxsize) if SWEEP not in view.tags
+    ]
+
+
+def _compared_by(views: Sequence[RunView], metric: str | None, mode: Mode | None) -> tuple[str | None, Mode]:
+    """The metric, and which of its values are better."""
+    keys = [view.latest for view in views]
+    own = [
+        (str(settings["monitor"]), "max" if settings.get("mode") == "max" else "min")
+        for view in views
+        if (settings := object_in(view.tags.get(SETTINGS))).get("monitor") in view.latest
+    ]
+    if metric is None:
+        monitored = Counter(key for key, _ in own).most_common(1)
+        metric = next(iter(_by_importance(keys, monitored[0][0] if monitored else None)), None)
+    elif not any(metric in latest for latest in keys):
+        raise UsageError(
+            f"none of these runs has a metric {metric!r}",
+            expected=f"one of {some(key for latest in keys for key in latest)}",
+            try_next="python -m tracked.run compare without --metric",
+        )
+    if mode is None:
+        mode = "max" if (metric, "max") in own else "min"
+    return metric, mode
+
+
+def _by_importance(metrics: Sequence[Mapping[str, Any]], first: str | None) -> list[str]:
+    """Their keys: those that all runs have before the others, losses first, what only counts last."""
+    counted = Counter(key for keys in metrics for key in keys)
+
+    def rank(key: str) -> tuple[bool, bool, int, str]:
+        kind = _FIRST.index(key) if key in _FIRST else 2 if key.startswith("val/") else 3
+        return key != first, counted[key] < len(metrics), 4 if _only_counts(key) else kind, key
+
+    return sorted(counted, key=rank)
+
+
+def _only_counts(key: str) -> bool:
+    return key == "epoch" or is_system(key)
+
+
+def _curves(
+    server: Server, views: Sequence[RunView], metric: str | None, whole: Mapping[str, History]
+) -> dict[str, dict[str, History]]:
+    """The histories for a picture: of keys that all runs have, or else of those that some have."""
+    keys = [key for key in _by_importance([view.latest for view in views], metric) if not _only_counts(key)]
+    shared = [key for key in keys if all(key in view.latest for view in views)]
+    about = min(max(_POINTS // max(len(views), 1), _LEAST_OF_A_CURVE), _MOST_OF_A_CURVE)
+    run_ids = [view.run_id for view in views]
+    found: dict[str, dict[str, History]] = {}
+    for key in (shared or keys)[:_METRICS]:
+        fetched = whole if key == metric else server.histories(run_ids, key, about=about)
+        found[key] = {run_id: fetched.get(run_id, []) for run_id in run_ids}
+    return found
+
+
+def _best_first(
+    views: Sequence[RunView], best: Mapping[str, tuple[int, float] | None], mode: Mode
+) -> list[RunView]:
+    def order(view: RunView) -> tuple[bool, float]:
+        point = best.get(view.run_id)
+        return (True, 0.0) if point is None else (False, point[1] if mode == "min" else -point[1])
+
+    return sorted(views, key=order)
+
+
+def _seconds(view: RunView) -> float | None:
+    end = view.end_time or max((latest.timestamp for latest in view.latest.values()), default=0)
+    return (end - view.start_time) / 1000 if end >= view.start_time > 0 else None
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"

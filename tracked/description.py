@@ -1,0 +1,102 @@
+"""The text that MLflow shows above a run: what it is, how to go on with it, and what came of it, in Markdown.
+
+It is made of what stands on the server, so whoever sends for the run can renew it. A person may write there too:
+a text that is not the one written last is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tracked.names import (
+    BEST,
+    DESCRIBED,
+    DESCRIPTION,
+    EXPERIMENT_FILE,
+    ORIGIN,
+    STATE,
+    STOP_REASON,
+    SWEEP,
+    TRIAL,
+    TRIALS,
+    newest_attempt,
+)
+
+if TYPE_CHECKING:
+    from tracked.server import RunView
+
+_LONGEST_COMMAND = 1000  # characters; the whole of it stands in a tag of its own
+
+
+def has(view: RunView) -> bool:
+    """Whether the run has one of ours: trials have none, for whom two requests more are a tenth of all."""
+    return TRIAL not in view.tags
+
+
+def renewed(view: RunView, experiment: str, tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags that give a run its description, as it is with `tags`; none where a person has written or deleted one.
+
+    Args:
+        view: The run as it stands.
+        experiment: The name of its experiment.
+        tags: Tags that are set together with the description.
+    """
+    standing = view.tags.get(DESCRIPTION)
+    if not has(view) or (
+        (DESCRIBED in view.tags or standing) and view.tags.get(DESCRIBED) != _digest(standing or "")
+    ):
+        return {}
+    text = _text(view, experiment, {**view.tags, **tags})
+    return {DESCRIPTION: text, DESCRIBED: _digest(text)}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _text(view: RunView, experiment: str, tags: Mapping[str, str]) -> str:
+    state = tags.get(STATE, "running")
+    what = "A sweep" if SWEEP in tags else "A training"
+    commit = tags.get("mlflow.source.git.commit", "")
+    is_dirty = tags.get("mlflow.tracked.git_dirty") == "true"
+    begun = [f"{what} of **{experiment}**"]
+    if source := tags.get("mlflow.source.name"):
+        begun.append(f"`{source}`")
+    if commit:
+        begun.append(f"commit `{commit[:10]}`{' with changes that are not committed' if is_dirty else ''}")
+    paragraphs = [", ".join(begun) + "."]
+    if origin := tags.get(ORIGIN):
+        paragraphs.append(f"Forked from {origin}.")
+    if command := tags.get("mlflow.tracked.command"):
+        short = command if len(command) <= _LONGEST_COMMAND else f"{command[:_LONGEST_COMMAND]}…"
+        paragraphs.append(f"Begun with\n\n{_code(short)}")
+    if best := tags.get(BEST):
+        paragraphs.append(f"Best result: {best}.")
+    if trials := tags.get(TRIALS):
+        paragraphs.append(f"Trials: {trials}.")
+    attempts = newest_attempt(view.params)[0]
+    ended = "" if state == "running" else f", the last one {state.replace('_', ' ')}"
+    reason = f" ({tags[STOP_REASON]})" if ended and tags.get(STOP_REASON) else ""
+    paragraphs.append(f"Attempts: {attempts}{ended}{reason}.")
+    paragraphs.append(f"To go on with it\n\n{_code(_line(view.run_id, state, tags))}")
+    return "\n\n".join(paragraphs)
+
+
+def _line(run_id: str, state: str, tags: Mapping[str, str]) -> str:
+    """What one types to go on with the run from where it stands."""
+    words = ["python", "-m", "tracked.run", "resume", run_id]
+    if SWEEP in tags:
+        words += ["--trials", "N"] if state == "finished" else []
+    elif EXPERIMENT_FILE not in tags:
+        words += ["--", "python", tags.get("mlflow.source.name") or "SCRIPT.py"]
+    else:
+        words += {"finished": ["--epochs", "N"], "stopped_early": ["--patience", "K"]}.get(state, [])
+    return shlex.join(words)
+
+
+def _code(line: str) -> str:
+    """A block of code: by indentation, because a command may hold backticks."""
+    return "\n".join(f"    {each}" for each in line.splitlines())
