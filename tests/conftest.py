@@ -7,10 +7,11 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import psutil
 import pytest
 
 from tests.nursery import Nursery
@@ -23,6 +24,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _SHARED = "shared-server.json"
 _SHARED_POSTGRES = "shared-postgres.json"
+
+
+def _children() -> set[psutil.Process]:
+    """The processes of this one that still run, but for what `multiprocessing` keeps for its own use."""
+    living = set()
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(child.cmdline()):
+                living.add(child)
+    return living
+
+
+_of_the_session: set[psutil.Process] = set()
+"""What outlives a test: the shared servers, and the nursery."""
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_process() -> Iterator[None]:
+    """No test leaves a process behind."""
+    before = _children()
+    yield
+    left = _children() - before - _of_the_session
+    assert not left, [child.cmdline() for child in left]
 
 
 @contextmanager
@@ -49,6 +73,7 @@ def server_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
             return uri
         server = MlflowServer(Path(file.name).parent / "shared-server")
         server.launch()
+        _of_the_session.update(_children())
         # Written before it answers, so that a Ctrl-C in between leaves nothing behind.
         json.dump({"uri": server.uri, "group": server.group}, file)
         file.flush()
@@ -65,6 +90,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Postgres:
             return Postgres.from_json(known)
         server = Postgres.make()
         server.launch()
+        _of_the_session.update(_children())
         file.write(server.to_json())
         file.flush()
         server.wait_until_ready()
@@ -116,6 +142,7 @@ def own_server(tmp_path: Path) -> Iterator[MlflowServer]:
 def nursery() -> Iterator[Nursery]:
     """The process that commands are forked from; each worker of pytest-xdist has one."""
     with Nursery() as nursery:
+        _of_the_session.update(_children())
         yield nursery
 
 

@@ -79,7 +79,9 @@ class Nursery:
     def __exit__(self, *_: object) -> None:
         for trainer in self._started:
             trainer.kill()
-        self._process.communicate()
+        # Not by closing its input: what a test forked, and left, would hold that open.
+        with self._process:
+            self._tell({"end": True})
 
     def start(self, workplace: Workplace, *args: str | Path, env: Mapping[str, str] | None = None) -> Trainer:
         """Run a command in a workplace without waiting."""
@@ -122,11 +124,14 @@ class Nursery:
         return result
 
     def ask(self, order: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
+        self._tell(order)
         assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def _tell(self, order: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
 
 
 def _poll(pid: int) -> int | None:
@@ -183,6 +188,8 @@ def _die_at(last: int) -> None:
 def _serve(orders: IO[str], answers: IO[str]) -> None:
     for line in orders:
         order = json.loads(line)
+        if "end" in order:
+            return
         if "poll" in order:
             answer = _poll(order["poll"])
         elif not (answer := os.fork()):
