@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from hypothesis import given, settings
@@ -93,15 +94,45 @@ def test_a_study_that_is_rebuilt_from_params_and_values_goes_on_as_it_would_have
     lives, rebuilt = optuna.create_study(), optuna.create_study()
     sweep(sampler, lambda: lives, last=9)
     for trial in lives.trials:
-        copy = create_trial(
-            state=trial.state, value=trial.value, params=trial.params, distributions=trial.distributions
-        )
-        rebuilt.add_trial(copy)
+        rebuilt.add_trial(as_told(trial))
 
     for study in (lives, rebuilt):
         study.sampler = fresh(sampler, 9)
         search.suggest(study.ask(), space_of(sampler))
 
+    assert suggested(rebuilt) == suggested(lives)
+
+
+def as_told(trial: FrozenTrial) -> FrozenTrial:
+    """What a run tells of its trial."""
+    return create_trial(
+        state=trial.state, value=trial.value, params=trial.params, distributions=trial.distributions
+    )
+
+
+def test_a_strategy_that_evolves_is_in_the_generation_that_it_was_in_when_its_study_is_rebuilt() -> None:
+    def sampler(number: int) -> optuna.samplers.BaseSampler:
+        return search.make_sampler(
+            "cmaes", ["popsize=4", "n_startup_trials=2"], seed=1, number=number, space=SPACE
+        )
+
+    def train(study: optuna.Study, first: int, last: int) -> None:
+        for number in range(first, last):
+            study.sampler = sampler(number)
+            trial = study.ask()
+            search.suggest(trial, SPACE)
+            study.tell(trial, score(study.trials[number]))
+
+    lives, rebuilt = optuna.create_study(), optuna.create_study()
+    train(lives, 0, 17)
+    rows = [as_told(trial) for trial in lives.trials]
+    for row, memory in zip(rows, search.memories_of(rows, sampler, "minimize"), strict=True):
+        row.system_attrs = memory
+        rebuilt.add_trial(row)
+    for study in (lives, rebuilt):
+        train(study, 17, 27)
+
+    assert lives.trials[26].system_attrs["cma:generation"] > 4
     assert suggested(rebuilt) == suggested(lives)
 
 
@@ -292,6 +323,34 @@ def test_a_pruner_stops_the_worst_of_four_where_its_options_say(
         study.tell(trial, None if pruned else slope, TrialState.PRUNED if pruned else None)
 
     assert stopped.get(3) == stopped_at
+
+
+def test_hyperband_stops_by_what_was_reported_alone_in_each_bracket_from_its_first_rung_on() -> None:
+    study = optuna.create_study(study_name="digits")
+    pruner = search.make_pruner("hyperband", [], epochs=9)
+    ranks = np.random.default_rng(0).permutation(60)
+    stopped: dict[int, int] = {}
+    for number in range(60):
+        trial, stops = study.ask(), False
+        for epoch in range(1, 10):
+            trial.report(float(ranks[number]), epoch)
+            rebuilt = optuna.create_study(study_name="digits")
+            rebuilt.add_trials(
+                [
+                    create_trial(state=TrialState.RUNNING, intermediate_values=each.intermediate_values)
+                    for each in study.trials
+                ]
+            )
+            stops = pruner.prune(study, study.trials[number])
+            assert stops == pruner.prune(rebuilt, rebuilt.trials[number])
+            if stops:
+                stopped[number] = epoch
+                break
+        study.tell(trial, None if stops else 0.0, TrialState.PRUNED if stops else None)
+
+    # Each of the three brackets gets some of the worst, and lets them go at once.
+    assert {epoch for number, epoch in stopped.items() if ranks[number] > 40} == {1, 3, 9}
+    assert not [number for number in stopped if ranks[number] < 3]
 
 
 def test_a_study_of_several_objectives_is_refused() -> None:

@@ -7,10 +7,12 @@ study holds. Pruners decide from what was reported alone.
 
 from __future__ import annotations
 
+import binascii
 import difflib
 import functools
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import operator
@@ -273,6 +275,35 @@ def _finite(space: Space | None) -> Space:
     return space
 
 
+def memories_of(
+    trials: Sequence[FrozenTrial], sampler: Callable[[int], BaseSampler], direction: Direction
+) -> list[dict[str, Any]]:
+    """What the sampler keeps in attributes of the trials themselves: of Optuna's, CMA-ES keeps its state there.
+
+    It is as if each trial had been asked for when all before it had ended. Where they were, it is what was lost.
+
+    Args:
+        trials: All of a study's, by their numbers from 0 on.
+        sampler: The sampler for a trial of that number.
+        direction: The study's.
+    """
+    if not isinstance(sampler(0), optuna.samplers.CmaEsSampler):
+        return [{} for _ in trials]
+    study = optuna.create_study(direction=direction)
+    for number, told in enumerate(trials):
+        study.sampler = sampler(number)
+        trial = study.ask()
+        _ = trial.relative_params  # the state is kept when they are drawn; what was drawn is known
+        for name, each in told.distributions.items():
+            value = each.to_internal_repr(told.params[name])
+            study._storage.set_trial_param(trial._trial_id, name, value, each)  # noqa: SLF001 - its only way in
+        for step, value in told.intermediate_values.items():
+            trial.report(value, step)
+        if told.state.is_finished():
+            study.tell(trial, told.value if told.state == TrialState.COMPLETE else None, told.state)
+    return [trial.system_attrs for trial in study.trials]
+
+
 # -- pruners ---------------------------------------------------------------------------------------
 
 
@@ -344,6 +375,47 @@ class SuccessiveHalving(BasePruner):
             for count, run in enumerate(first, 1)
             if run in self.best(first[:count], self.min_resource, direction, least=1)
         ]
+
+
+class Hyperband(BasePruner):
+    """Successive halving in brackets, each of which begins to stop trials later than the one before.
+
+    A trial's bracket follows from its number and the name of the study, and is the larger the earlier it stops.
+    Optuna's own keeps the rungs in attributes of its storage, as its successive halving does.
+
+    Li et al.: "Hyperband: A Novel Bandit-Based Approach to Hyperparameter Optimization" (JMLR 2018).
+
+    Args:
+        max_resource: What a trial is trained for if nothing stops it, in the unit of the reports.
+        min_resource: The first rung of the first bracket, from 1.
+        reduction_factor: One of so many goes on, from 2.
+    """
+
+    def __init__(self, max_resource: int, min_resource: int = 1, reduction_factor: int = 3) -> None:
+        self._brackets = []
+        first = min_resource
+        while first <= max_resource:
+            self._brackets.append(SuccessiveHalving(first, reduction_factor))
+            first *= reduction_factor
+        # As many trials to each as give it about the same number of epochs.
+        count = len(self._brackets)
+        self._shares = [
+            math.ceil(count * reduction_factor**left / (left + 1)) for left in reversed(range(count))
+        ]
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        mine = self._bracket(study, trial)
+        rivals = [
+            other
+            for other in study.get_trials(deepcopy=False)
+            if other.number != trial.number and self._bracket(study, other) == mine
+        ]
+        return self._brackets[mine].stops([*rivals, trial], trial, direction_of(study))
+
+    def _bracket(self, study: optuna.Study, trial: FrozenTrial) -> int:
+        first = trial.user_attrs.get(RUN, trial.number)
+        place = binascii.crc32(f"{study.study_name}_{first}".encode()) % sum(self._shares)
+        return next(index for index, end in enumerate(itertools.accumulate(self._shares)) if place < end)
 
 
 Turn = Literal["before", "after"]
@@ -430,8 +502,8 @@ _PRUNER_OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     ),
     "sha": (SuccessiveHalving, ("min_resource", "reduction_factor")),
     "hyperband": (
-        optuna.pruners.HyperbandPruner,
-        ("max_resource", "min_resource", "reduction_factor", "bootstrap_count"),
+        Hyperband,
+        ("max_resource", "min_resource", "reduction_factor"),
     ),
     "threshold": (optuna.pruners.ThresholdPruner, ("lower", "upper", "n_warmup_steps", "interval_steps")),
     "none": (optuna.pruners.NopPruner, ()),
@@ -456,7 +528,6 @@ def make_pruner(
     maker, known = _named("pruner", name, _PRUNER_OPTIONS)
     given = _read_options(f"pruner {name}", maker, known, options)
     if name == "hyperband":
-        # Optuna's default would be learnt from the first trials, by an object that dies with its process.
         if epochs is not None:
             given.setdefault("max_resource", epochs)
         _need_option("pruner hyperband", "max_resource", given, "27")

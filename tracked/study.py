@@ -19,7 +19,7 @@ from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tracked.search import LOST, PROMOTED_FROM, RUN, Turn, direction_of
+from tracked.search import LOST, PROMOTED_FROM, RUN, Turn, direction_of, memories_of
 from tracked.trials import Trial
 from tracked.trials import TrialState as State
 
@@ -326,24 +326,16 @@ class Study:
             found: What `describe` gave, and the row, of each.
         """
         by_number = {int(told["number"]): (told, row) for told, row in found}
-        for number in range(len(self._all()), max(by_number, default=-1) + 1):
-            if number not in by_number:
-                # Asked for, and gone before anything of it was on the server: it is suggested again when it begins.
-                self._study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={RUN: number}))
-                continue
-            told, row = by_number[number]
-            self._study.add_trial(
-                create_trial(
-                    state=_OPTUNAS["failed" if row.state == "finished" and row.value is None else row.state],
-                    value=row.value if row.state == "finished" else None,
-                    params=dict(told["params"]),
-                    distributions={
-                        name: json_to_distribution(text) for name, text in told["distributions"].items()
-                    },
-                    intermediate_values=dict(row.reports),
-                    user_attrs={_EPOCHS: row.epochs, _RUN_ID: row.run_id, RUN: number},
-                )
-            )
+        rows = [
+            # If not told: asked for, and gone before anything of it was on the server. It is suggested when it begins.
+            _rebuilt(number, *by_number[number]) if number in by_number else _unknown(number)
+            for number in range(max(by_number, default=-1) + 1)
+        ]
+        with _unwarned():
+            memories = memories_of(rows, self._method.sampler, direction_of(self._study))
+        for number in range(len(self._all()), len(rows)):
+            rows[number].system_attrs = memories[number]
+            self._study.add_trial(rows[number])
         return len(by_number)
 
     # -- Optuna's rows
@@ -374,6 +366,21 @@ class Study:
 
     def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
         return trial.storage.get_trial(trial._trial_id)  # noqa: SLF001
+
+
+def _rebuilt(number: int, told: Mapping[str, Any], row: Trial) -> FrozenTrial:
+    return create_trial(
+        state=_OPTUNAS["failed" if row.state == "finished" and row.value is None else row.state],
+        value=row.value if row.state == "finished" else None,
+        params=dict(told["params"]),
+        distributions={name: json_to_distribution(text) for name, text in told["distributions"].items()},
+        intermediate_values=dict(row.reports),
+        user_attrs={_EPOCHS: row.epochs, _RUN_ID: row.run_id, RUN: number},
+    )
+
+
+def _unknown(number: int) -> FrozenTrial:
+    return create_trial(state=TrialState.RUNNING, user_attrs={RUN: number})
 
 
 def _row(number: int, frozen: FrozenTrial) -> Trial:

@@ -75,7 +75,8 @@ class Parent:
         began, told = time.monotonic(), False
         while self.run.id == self.run.handle and not is_leaving():
             if not told and time.monotonic() - began > 3:
-                self._say(f"waiting for the server, which names the parent run: {self.run.trouble()}")
+                trouble = self.run.trouble()
+                self._say(f"waiting for the server, which names the parent run{trouble and f': {trouble}'}")
                 told = True
             time.sleep(0.02)
         return self.run.id
