@@ -41,12 +41,17 @@ _shared: set[psutil.Process] = set()
 """What outlives a test, and ends with a module or with the session: servers, their senders, the nursery."""
 
 
+def note_shared() -> None:
+    """What runs now is started for several tests."""
+    _shared.update(_children())
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[None, object, object]:
-    """Note what is started for several tests."""
+    """Note what a module starts; pytest asks no conftest below its root about what the session does."""
     made = yield
-    if fixturedef.scope != "function":
-        _shared.update(_children())
+    if fixturedef.scope == "module":
+        note_shared()
     return made
 
 
@@ -85,6 +90,7 @@ def server_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
             return uri
         server = MlflowServer(Path(file.name).parent / "shared-server")
         server.launch()
+        note_shared()
         # Written before it answers, so that a Ctrl-C in between leaves nothing behind.
         json.dump({"uri": server.uri, "group": server.group}, file)
         file.flush()
@@ -101,6 +107,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Postgres:
             return Postgres.from_json(known)
         server = Postgres.make()
         server.launch()
+        note_shared()
         file.write(server.to_json())
         file.flush()
         server.wait_until_ready()
@@ -152,6 +159,7 @@ def own_server(tmp_path: Path) -> Iterator[MlflowServer]:
 def nursery() -> Iterator[Nursery]:
     """The process that commands are forked from; each worker of pytest-xdist has one."""
     with Nursery() as nursery:
+        note_shared()
         yield nursery
 
 
