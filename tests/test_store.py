@@ -431,6 +431,7 @@ def test_what_a_program_could_not_deliver_is_told_kept_and_delivered_by_sync(
         assert "try: python -m tracked.run sync" in stderr
         assert MlflowClient(server_uri).get_run(run_id).info.status == "RUNNING"
 
+        place.end_senders()  # it may be quicker than the command
         front._rules.clear()
         done = place.tracked("sync")
 
