@@ -278,14 +278,15 @@ def _finite(space: Space | None) -> Space:
 def memories_of(
     trials: Sequence[FrozenTrial], sampler: Callable[[int], BaseSampler], direction: Direction
 ) -> list[dict[str, Any]]:
-    """What the sampler keeps in attributes of the trials themselves: of Optuna's, CMA-ES keeps its state there.
-
-    It is as if each trial had been asked for when all before it had ended. Where they were, it is what was lost.
+    """What the sampler would have kept in the trials' system attributes, where CMA-ES has its state.
 
     Args:
         trials: All of a study's, by their numbers from 0 on.
         sampler: The sampler for a trial of that number.
         direction: The study's.
+
+    Returns:
+        The attributes of each, as if it had been asked for when all before it had ended.
     """
     if not isinstance(sampler(0), optuna.samplers.CmaEsSampler):
         return [{} for _ in trials]
@@ -438,7 +439,7 @@ def promotable(
         pruner: Anything else than `SuccessiveHalving` promotes none.
         direction: The study's.
         turn: Before a new trial is begun, or after the last one. Then those go on, too, that were stopped only
-            because too few had come: what halving finds without promotion, it finds with it.
+            because too few had come.
     """
     if not isinstance(pruner, SuccessiveHalving):
         return []
@@ -501,10 +502,7 @@ _PRUNER_OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         ("percentile", "n_startup_trials", "n_warmup_steps", "interval_steps", "n_min_trials"),
     ),
     "sha": (SuccessiveHalving, ("min_resource", "reduction_factor")),
-    "hyperband": (
-        Hyperband,
-        ("max_resource", "min_resource", "reduction_factor"),
-    ),
+    "hyperband": (Hyperband, ("max_resource", "min_resource", "reduction_factor")),
     "threshold": (optuna.pruners.ThresholdPruner, ("lower", "upper", "n_warmup_steps", "interval_steps")),
     "none": (optuna.pruners.NopPruner, ()),
 }

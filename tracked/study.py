@@ -327,8 +327,7 @@ class Study:
         """
         by_number = {int(told["number"]): (told, row) for told, row in found}
         rows = [
-            # If not told: asked for, and gone before anything of it was on the server. It is suggested when it begins.
-            _rebuilt(number, *by_number[number]) if number in by_number else _unknown(number)
+            _rebuilt(number, *by_number[number]) if number in by_number else _untold(number)
             for number in range(max(by_number, default=-1) + 1)
         ]
         with _unwarned():
@@ -379,7 +378,8 @@ def _rebuilt(number: int, told: Mapping[str, Any], row: Trial) -> FrozenTrial:
     )
 
 
-def _unknown(number: int) -> FrozenTrial:
+def _untold(number: int) -> FrozenTrial:
+    """One that was asked for, and gone before anything of it was on the server: it is suggested when it begins."""
     return create_trial(state=TrialState.RUNNING, user_attrs={RUN: number})
 
 
