@@ -56,7 +56,7 @@ def test_a_training_is_paused_from_another_machine_and_resumed_to_the_same_bits(
     assert f"run {run_id} is paused" in result.stdout
     assert f"resume {run_id}" in result.stdout
     assert f"process {trainer.pid}" in result.stderr
-    view = Server(home.tracking_uri).get_run(run_id)
+    view = Server(home.tracking_uri, timeout=30).get_run(run_id)
     assert (view.status, view.tags[STATE], view.tags[STOP_REASON]) == ("KILLED", "paused", "asked to pause")
     assert COMMAND not in view.tags
     (home.path / "go").touch()
@@ -77,7 +77,7 @@ def test_a_tag_set_in_mlflows_interface_stops_a_training(workplace: Workplace, n
     told = trainer.wait().json
 
     assert (told["state"], told["undelivered"]) == ("stopped", 0)
-    view = Server(workplace.tracking_uri).get_run(run_id)
+    view = Server(workplace.tracking_uri, timeout=30).get_run(run_id)
     assert (view.status, view.tags[STATE], view.tags[STOP_REASON]) == ("KILLED", "stopped", "asked to stop")
 
 
@@ -141,7 +141,7 @@ def test_a_second_interrupt_leaves_in_the_middle_of_a_step(workplace: Workplace,
 def test_a_run_that_nobody_trains_is_not_asked_and_the_wait_for_one_that_stays_is_bounded(
     workplace: Workplace,
 ) -> None:
-    place, server = place_of(workplace), Server(workplace.tracking_uri)
+    place, server = place_of(workplace), Server(workplace.tracking_uri, timeout=30)
     for tags, found, next_ in (
         ({STATE: "paused"}, "is paused: nobody is training it", "resume"),
         ({STATE: "stopped"}, "is stopped: nobody", "show"),

@@ -66,12 +66,12 @@ def silent(text: str) -> None:
 
 
 def view_of(workplace: Workplace, run_id: str) -> RunView:
-    return Server(workplace.tracking_uri).get_run(run_id)
+    return Server(workplace.tracking_uri, timeout=30).get_run(run_id)
 
 
 def logged_run(workplace: Workplace, **tags: str) -> RunView:
     """A run without a training, made as a sender makes it."""
-    return Server(workplace.tracking_uri).create_run(
+    return Server(workplace.tracking_uri, timeout=30).create_run(
         experiment="by-hand",
         handle=os.urandom(16).hex(),
         name=None,
@@ -230,7 +230,7 @@ def test_list_takes_a_state_which_is_the_true_one(workplace: Workplace) -> None:
 
 
 def test_list_takes_a_filter_and_sorts_by_a_metrics_last_value(workplace: Workplace) -> None:
-    server, place = Server(workplace.tracking_uri), place_of(workplace)
+    server, place = Server(workplace.tracking_uri, timeout=30), place_of(workplace)
     runs = {}
     for name, value in {"b": 0.2, "nan": math.nan, "a": 0.1, "c": 0.3}.items():
         runs[name] = logged_run(workplace).run_id
@@ -280,7 +280,7 @@ def test_the_best_in_a_list_is_the_best_of_the_history(remote_workplace: Workpla
 
 
 def test_runs_of_others_are_neither_listed_nor_verified(workplace: Workplace) -> None:
-    server = Server(workplace.tracking_uri)
+    server = Server(workplace.tracking_uri, timeout=30)
     run = logged_run(workplace)
     with sqlite3.connect(workplace.path / "mlruns/mlflow.db") as database:
         database.execute("DELETE FROM tags WHERE key = ?", (HANDLE,))
@@ -345,7 +345,7 @@ def test_a_finished_run_is_proven_whole(finished: tuple[Workplace, str]) -> None
 def test_what_is_not_whole_is_told_and_the_exit_is_1(workplace: Workplace) -> None:
     run_id = workplace.tracked("train", workplace.experiment(), "--epochs", 2, "--json").json["run_id"]
     workplace.end_senders()
-    server, place = Server(workplace.tracking_uri), place_of(workplace)
+    server, place = Server(workplace.tracking_uri, timeout=30), place_of(workplace)
     artifacts = Path(view_of(workplace, run_id).artifact_uri) / "checkpoints"
 
     def wrong() -> str:
@@ -445,7 +445,7 @@ def test_sync_leaves_a_living_training_alone_and_discards_what_a_newer_attempt_s
     assert "wait in the spool" in inspection.verify(place, "last", silent).wrong[0]
 
     run_id = run.about["run_id"]
-    Server(place.tracking_uri).log_params(run_id, {attempt_param(2): "another"})
+    Server(place.tracking_uri, timeout=30).log_params(run_id, {attempt_param(2): "another"})
     said.clear()
     result = workplace.tracked("sync", "--json")
 
@@ -475,7 +475,7 @@ def test_a_journal_without_its_first_record_is_reported_and_counts(workplace: Wo
 def test_gc_frees_a_finished_run_that_stays_whole_on_the_server(workplace: Workplace) -> None:
     run_id = workplace.tracked("train", workplace.experiment(), "--epochs", 1, "--json").json["run_id"]
     folder, place = only_run(workplace), place_of(workplace)
-    server = Server(workplace.tracking_uri)
+    server = Server(workplace.tracking_uri, timeout=30)
     (uncommitted := workplace.path / "checkpoint.pt").write_bytes(b"half")
     server.upload(run_id, uncommitted, "checkpoints/step-00000099")
     held = sum(
@@ -500,7 +500,7 @@ def test_gc_keeps_the_copy_of_a_finished_run_whose_checkpoint_is_missing_on_the_
 ) -> None:
     run_id = workplace.tracked("train", workplace.experiment(), "--epochs", 1, "--json").json["run_id"]
     step = json.loads(view_of(workplace, run_id).tags[CHECKPOINT])["step"]
-    Server(workplace.tracking_uri).delete(run_id, f"checkpoints/step-{step:08d}")
+    Server(workplace.tracking_uri, timeout=30).delete(run_id, f"checkpoints/step-{step:08d}")
 
     upkeep.gc(place_of(workplace), dry_run=False, say=silent)
 
@@ -513,7 +513,7 @@ def test_gc_deletes_nothing_of_a_run_that_an_empty_database_does_not_know(workpl
     database.rename(database.with_suffix(".away"))
 
     assert upkeep.gc(place, dry_run=False, say=silent) == 0
-    Server(workplace.tracking_uri).create_run(
+    Server(workplace.tracking_uri, timeout=30).create_run(
         experiment="another", handle=os.urandom(16).hex(), name=None, start_time=1, tags={}
     )
     assert upkeep.gc(place, dry_run=False, say=silent) == 0
@@ -523,7 +523,7 @@ def test_gc_deletes_nothing_of_a_run_that_an_empty_database_does_not_know(workpl
 
 def test_gc_leaves_what_a_run_commits_after_the_list_was_made(workplace: Workplace) -> None:
     run_id = workplace.tracked("train", workplace.experiment(), "--epochs", 1, "--json").json["run_id"]
-    server, listed = Server(workplace.tracking_uri), view_of(workplace, run_id)
+    server, listed = Server(workplace.tracking_uri, timeout=30), view_of(workplace, run_id)
     (newer := workplace.path / "checkpoint.pt").write_bytes(b"newer")
     server.upload(run_id, newer, "checkpoints/step-00000099")
     server.set_status(run_id, "RUNNING")  # resumed meanwhile
@@ -545,7 +545,7 @@ def test_gc_frees_what_is_superseded_and_the_run_still_resumes(workplace: Workpl
     workplace.end_senders()
 
     run_id, place = folder.about["run_id"], place_of(workplace)
-    server = Server(workplace.tracking_uri)
+    server = Server(workplace.tracking_uri, timeout=30)
     whole = sorted(folder.checkpoints.glob("step-*"))
     size = (whole[0] / "checkpoint.pt").stat().st_size
     manifest = read_json(whole[0] / "manifest.json")
@@ -738,7 +738,7 @@ def test_secrets_stay_on_this_machine(workplace: Workplace) -> None:
 
     result = workplace.tracked("train", file, "api_key=sk-0123456789abcdef", "--json", check=False)
 
-    view, server = view_of(workplace, result.json["run_id"]), Server(workplace.tracking_uri)
+    view, server = view_of(workplace, result.json["run_id"]), Server(workplace.tracking_uri, timeout=30)
     server.download(view.run_id, "traceback.txt", found := workplace.path / "found.txt")
     assert view.params == {"api_key": "[redacted]", "max_tokens": "8"}
     assert "cannot reach postgresql://" in view.tags["tracked.stop_reason"]

@@ -41,7 +41,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @pytest.fixture
 def embedded(database_uri: str) -> Iterator[Server]:
-    opened = Server(database_uri)
+    opened = Server(database_uri, timeout=30)
     yield opened
     opened.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import namedtuple
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -139,8 +140,9 @@ def test_persistent_workers_go_from_epoch_to_epoch() -> None:
     options = {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 4}
     with_workers = Batches(Noisy(22, "torch"), batch_size=5, seed=1, loader=options)
     without = Batches(Noisy(22, "torch"), batch_size=5, seed=1)
-    for epoch, start in ((0, 3), (1, 0), (2, 1)):
-        assert same(list(with_workers.epoch(epoch, start)), list(without.epoch(epoch, start)))
+    with closing(with_workers):
+        for epoch, start in ((0, 3), (1, 0), (2, 1)):
+            assert same(list(with_workers.epoch(epoch, start)), list(without.epoch(epoch, start)))
 
 
 def test_the_same_sample_is_augmented_anew_in_every_epoch() -> None:

@@ -100,7 +100,7 @@ class Source:
     def runs(self) -> tuple[int, int]:
         """How many runs there are on the server, and in the spool."""
         spooled = [run for outbox in self.workplace.outboxes() for run in outbox.runs()]
-        return len(Server(self.uri).search()), len(spooled)
+        return len(Server(self.uri, timeout=30).search()), len(spooled)
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_a_fork_that_runs_out_of_patience_has_the_best_weights_of_before(
     assert compare_states(best, reference[1]["model_state_dict"])[1] != []
 
     # What does not fit the checkpoint is told before there is a run.
-    before = len(Server(uri).search())
+    before = len(Server(uri, timeout=30).search())
     for word, said in (
         ("width=5", "model: 0.weight is (4, 4) in"),
         ("rates=2", "parameters lie in other groups"),
@@ -329,7 +329,7 @@ def test_a_fork_that_runs_out_of_patience_has_the_best_weights_of_before(
         refused = workplace.tracked("fork", source_id, "--max-steps", 36, word, check=False)
         assert refused.returncode == 1
         assert said in refused.stderr
-    assert len(Server(uri).search()) == before
+    assert len(Server(uri, timeout=30).search()) == before
 
     # A fork that died before its first checkpoint can be made again.
     died = (

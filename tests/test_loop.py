@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import signal
 import time
@@ -339,6 +341,17 @@ def test_an_error_beside_living_workers_ends_the_run_at_once(tmp_path: Path) -> 
         # The workers live on in the traceback, with every pipe that was open when they were forked.
         fitted(tmp_path, loss=loss, loader={"num_workers": 2, "persistent_workers": True})
     assert time.monotonic() - began < 30
+
+
+def test_workers_that_stay_end_with_the_training_and_not_when_they_are_collected(tmp_path: Path) -> None:
+    gc.collect()
+    before = {*multiprocessing.active_children()}
+    gc.disable()
+    try:
+        fitted(tmp_path, loader={"num_workers": 2, "persistent_workers": True})
+        assert {*multiprocessing.active_children()} <= before
+    finally:
+        gc.enable()
 
 
 def test_a_training_whose_checkpoints_cannot_be_written_goes_on(

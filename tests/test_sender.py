@@ -106,7 +106,7 @@ class Post:
     def __enter__(self) -> Self:
         lock = Lock(self.outbox.sender_lock)
         assert lock.acquire()
-        self.sender = Sender(self.outbox, lock, Server(self.uri))
+        self.sender = Sender(self.outbox, lock, Server(self.uri, timeout=30))
         self._thread = threading.Thread(target=self.sender.serve)
         self._thread.start()
         return self
@@ -475,7 +475,7 @@ def test_a_lane_that_is_late_does_not_tell_the_next_attempt_that_it_is_supersede
 ) -> None:
     writing = post.writing()
     writing.end()
-    late = Delivery(writing.journal.folder, Server(server_uri))
+    late = Delivery(writing.journal.folder, Server(server_uri, timeout=30))
     while not late.close_if_done():
         assert late.send_file() or late.send_points() or late.view is not None
     told = writing.folder.about

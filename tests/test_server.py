@@ -236,7 +236,7 @@ def test_a_history_of_several_pages_is_whole_and_in_order(
     server_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tracked.server._HISTORY_PAGE", 7)
-    server = Server(server_uri)
+    server = Server(server_uri, timeout=30)
     run = new_run(server)
     server.log_points(run.run_id, [("loss", step, 5000 - step, 1.0) for step in range(50)])
     assert server.history(run.run_id, "loss") == [(step, 5000 - step, 1.0) for step in range(50)]
@@ -303,29 +303,37 @@ def test_a_handle_makes_one_run_however_often_it_is_asked_for(server: Server) ->
 
 
 def test_a_lost_answer_to_create_run_makes_one_run(server_uri: str, front: FakeFront) -> None:
-    server, handle = Server(front.uri), str(uuid.uuid4())
+    server, handle = Server(front.uri, timeout=30), str(uuid.uuid4())
     front.drop_answer("/runs/create")
     with pytest.raises(ServerUnavailable):
         server.create_run(experiment="lost", handle=handle, name="n", start_time=1, tags={}, retry=False)
     run = server.create_run(experiment="lost", handle=handle, name="n", start_time=1, tags={})
-    there = Server(server_uri).search(filter=f"tags.`{HANDLE}` = '{handle}'")
+    there = Server(server_uri, timeout=30).search(filter=f"tags.`{HANDLE}` = '{handle}'")
     assert [run.run_id for run in there] == [run.run_id]
     assert front.count("/runs/create") == 1
 
 
 def test_a_twin_that_a_late_request_left_behind_is_deleted(server_uri: str, front: FakeFront) -> None:
     handle = str(uuid.uuid4())
-    late = Server(server_uri).create_run(experiment="late", handle=handle, name="a", start_time=1, tags={})
+    late = Server(server_uri, timeout=30).create_run(
+        experiment="late", handle=handle, name="a", start_time=1, tags={}
+    )
     # The look comes before the late request took effect …
     front.answer("/runs/search", Answer(200, b"{}", "application/json"), times=1)
-    run = Server(front.uri).create_run(experiment="late", handle=handle, name="b", start_time=2, tags={})
+    run = Server(front.uri, timeout=30).create_run(
+        experiment="late", handle=handle, name="b", start_time=2, tags={}
+    )
     # … and what stands afterwards is one run, the same for everybody.
     assert front.count("/runs/create") == 1
-    assert [r.run_id for r in Server(server_uri).search(experiment="late")] == [run.run_id] == [late.run_id]
+    assert (
+        [r.run_id for r in Server(server_uri, timeout=30).search(experiment="late")]
+        == [run.run_id]
+        == [late.run_id]
+    )
 
 
 def test_the_first_run_of_a_known_experiment_costs_one_request(front: FakeFront) -> None:
-    server = Server(front.uri)
+    server = Server(front.uri, timeout=30)
     new_run(server, "cheap")
     before = len(front.requests)
     new_run(server, "cheap")
@@ -431,7 +439,7 @@ JSON = "application/json"
 )
 def test_each_answer_becomes_its_own_error(front: FakeFront, answer: Answer, error: type[Exception]) -> None:
     # The run itself is fine: only the write is answered for it.
-    server = Server(front.uri)
+    server = Server(front.uri, timeout=30)
     run = new_run(server)
     front.answer("/runs/log-batch", answer)
     with pytest.raises(error) as raised:
@@ -447,7 +455,7 @@ def test_an_answer_of_another_shape_is_refused(front: FakeFront) -> None:
         with FakeFront() as strange:
             strange.answer("/", Answer(200, body, JSON))
             with pytest.raises(ServerRefused):
-                Server(strange.uri).get_run("0" * 32)
+                Server(strange.uri, timeout=30).get_run("0" * 32)
 
 
 def test_a_refused_connection_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,16 +515,16 @@ def test_no_secret_appears_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_locked_database_is_unavailable(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    first = Server(uri)
+    first = Server(uri, timeout=30)
     run = new_run(first)
     first.close()
     with sqlite3.connect(tmp_path / "mlflow.db") as holder:
         holder.execute("BEGIN EXCLUSIVE")
         # MLflow waits 20 s on a connection in use; a fresh one, which asks for the schema first, waits 5 s.
         with pytest.raises(ServerUnavailable, match="database is locked"):
-            Server(uri).get_run(run.run_id)
+            Server(uri, timeout=30).get_run(run.run_id)
     holder.close()
-    assert Server(uri).get_run(run.run_id).run_id == run.run_id
+    assert Server(uri, timeout=30).get_run(run.run_id).run_id == run.run_id
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
@@ -527,12 +535,12 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
 
 def test_a_database_of_another_version_is_refused_with_the_command(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    new_run(Server(uri))
+    new_run(Server(uri, timeout=30))
     with sqlite3.connect(tmp_path / "mlflow.db") as holder:
         holder.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
     holder.close()
     with pytest.raises(ServerRefused, match="mlflow db upgrade sqlite:///"):
-        Server(uri).get_run("0" * 32)
+        Server(uri, timeout=30).get_run("0" * 32)
 
 
 # The embedded database
@@ -566,7 +574,7 @@ def test_processes_that_make_a_database_at_once_all_succeed_in_silence(tmp_path:
     said = [process.communicate()[0] for process in processes]
     assert said == ["", ""]
     assert [process.returncode for process in processes] == [0, 0]
-    runs = Server(uri).search()
+    runs = Server(uri, timeout=30).search()
     assert len(runs) == 2
     assert {run.experiment_name for run in runs} == {"at once"}
     assert {Path(run.artifact_uri).parents[2] for run in runs} == {tmp_path / "new folder" / "artifacts"}
@@ -581,7 +589,7 @@ def test_a_reader_makes_no_database_and_finds_one_made_later(tmp_path: Path) -> 
     with pytest.raises(NoSuchRun):
         reader.get_run("0" * 32)
     assert not (tmp_path / "none").exists()
-    run = new_run(Server(uri))
+    run = new_run(Server(uri, timeout=30))
     assert reader.search()[0].run_id == run.run_id
 
 
@@ -687,7 +695,7 @@ def test_a_path_that_leads_elsewhere_is_never_used(tmp_path: Path, path: str) ->
 
 
 def test_a_download_that_breaks_off_leaves_what_was_there(front: FakeFront, tmp_path: Path) -> None:
-    server = Server(front.uri)
+    server = Server(front.uri, timeout=30)
     run = new_run(server)
     local = tmp_path / "a.pt"
     local.write_bytes(b"new" * 10_000)
@@ -703,7 +711,7 @@ def test_a_download_that_breaks_off_leaves_what_was_there(front: FakeFront, tmp_
 
 
 def test_an_upload_that_a_proxy_answers_is_not_taken_for_done(front: FakeFront, tmp_path: Path) -> None:
-    server = Server(front.uri)
+    server = Server(front.uri, timeout=30)
     run = new_run(server)
     local = tmp_path / "a.pt"
     local.write_bytes(b"abc")
@@ -737,7 +745,7 @@ def test_a_run_has_an_address_only_on_a_server(server_uri: str, tmp_path: Path) 
 
 def test_a_server_killed_and_started_again_still_has_the_run(own_server: MlflowServer) -> None:
     own_server.start()
-    server = Server(own_server.uri)
+    server = Server(own_server.uri, timeout=30)
     run = new_run(server)
     server.log_points(run.run_id, [("loss", 1, 1, 1.0)])
     own_server.kill()

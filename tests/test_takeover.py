@@ -263,7 +263,7 @@ import sys
 from tracked.errors import RecordRejected, ServerUnavailable
 from tracked.server import Server
 uri, mark = sys.argv[1:]
-server = Server(uri)
+server = Server(uri, timeout=30)
 print(flush=True)
 open_runs = sys.stdin.read().split()
 while open_runs:

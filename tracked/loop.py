@@ -31,7 +31,7 @@ from tracked.streams import Stream, batches_of, rewound
 from tracked.tracking import Run, not_finite
 
 DEFAULT_EPOCHS = 10
-_TRAINING_ONLY = ("shuffle", "drop_last", "sampler", "batch_sampler")
+_TRAINING_ONLY = ("shuffle", "drop_last", "sampler", "batch_sampler", "persistent_workers")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

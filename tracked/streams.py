@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 from torch.utils.data import sampler as torchs_own
 
-from tracked.data import Batches, as_is, loading
+from tracked.data import Batches, as_is, end_workers, loading
 from tracked.errors import UsageError
 from tracked.seeding import derive, one_thread, preserved_generators, seed_generators
 
@@ -260,6 +260,10 @@ class Stream:
                 pending = [batch, epoch, places, turn]
         if pending:
             yield self._taken(pending[0], epoch + 1, [[0, state] for _, state in places], 0, at_end=True)
+
+    def close(self) -> None:
+        """End what stays between epochs."""
+        end_workers(self._loader)
 
     def _places(self, epoch: int) -> list[list[Any]]:
         if self.state is None:

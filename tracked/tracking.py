@@ -9,6 +9,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -401,33 +402,32 @@ class Run:
         if self._is_complete and self.resumed_from is not None:
             self.progress.say(f"nothing is left to do: the run is complete at step {self.step}")
         draws, step_seeds = batches.draws, self._step_seeds
-        while not self._is_complete:
-            before = self.step
-            try:
-                for item in grouped(batches.epoch(self.epochs_done, self._batch)):
-                    self.step += 1
-                    self._place_before, self._place = (
-                        self._place,
-                        batches.state,
-                    )  # not that of a window whose batches cannot all be built
-                    # Else who builds the batches, main process or worker, would decide what the step draws.
-                    if draws:
-                        seed_generators(next(step_seeds))
-                    if batches.at_end:
-                        self._epoch_end = self._next_due = self.step
-                    yield item
-                    if self.step >= self._next_due and self._settle():
-                        return
-            except TrackedError:
-                raise
-            except Exception:
-                self._rescue()
-                raise
-            if self.step == before:
-                raise UsageError(
-                    f"the data gave no batch in epoch {self.epoch}",
-                    expected="a data set, or a sampler, that begins anew in each epoch",
-                )
+        with closing(batches):
+            while not self._is_complete:
+                before = self.step
+                try:
+                    for item in grouped(batches.epoch(self.epochs_done, self._batch)):
+                        self.step += 1
+                        # Not that of a window whose batches cannot all be built.
+                        self._place_before, self._place = self._place, batches.state
+                        # Else who builds the batches, main process or worker, would decide what the step draws.
+                        if draws:
+                            seed_generators(next(step_seeds))
+                        if batches.at_end:
+                            self._epoch_end = self._next_due = self.step
+                        yield item
+                        if self.step >= self._next_due and self._settle():
+                            return
+                except TrackedError:
+                    raise
+                except Exception:
+                    self._rescue()
+                    raise
+                if self.step == before:
+                    raise UsageError(
+                        f"the data gave no batch in epoch {self.epoch}",
+                        expected="a data set, or a sampler, that begins anew in each epoch",
+                    )
 
     @property
     def _is_complete(self) -> bool:
