@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
+from mlflow.models import Model
 
-from tests.processes import Workplace
+from tests.processes import Workplace, wait_until
+from tests.servers import end_group, free_port
 from tests.test_commands import place_of, silent
+from tests.test_server import new_run
 from tracked import flavour
+from tracked.errors import ServerUnavailable
+from tracked.names import MODULE
 from tracked.retrieval import retrieve
+from tracked.server import Server
 from tracked.spool import write_json
 
 LAYERS = """
@@ -56,6 +69,31 @@ for uri in sys.argv[1:]:
     numpy.save(f"{sys.argv.index(uri)}.npy", mlflow.pyfunc.load_model(uri).predict(inputs))
 assert "tracked.experiment" not in sys.modules  # of what is installed, MLflow imports the plugin itself
 """
+
+
+@contextmanager
+def serving(model: str, folder: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """The address at which `mlflow models serve` answers for a model."""
+    port = free_port()
+    line = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model]
+    line += ["--env-manager", "local", "--port", str(port)]
+    with (folder / "serving.log").open("wb") as log:
+        process = subprocess.Popen(
+            line, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+
+    def answers() -> bool:
+        assert process.poll() is None, (folder / "serving.log").read_text()
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
+            return True
+        return False
+
+    try:
+        wait_until(answers, "the model's server", 120)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        end_group(process.pid, signal.SIGKILL)
+        process.wait(30)
 
 
 def test_the_best_model_of_a_finished_run_is_loaded_and_served_by_mlflow_alone(
@@ -104,6 +142,12 @@ def test_the_best_model_of_a_finished_run_is_loaded_and_served_by_mlflow_alone(
     for each in found:
         torch.testing.assert_close(torch.from_numpy(each), expected)
 
+    with serving("models:/served@best", folder, environment) as address:
+        body = json.dumps({"inputs": inputs.tolist()}).encode()
+        request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            torch.testing.assert_close(torch.tensor(json.load(response)["predictions"]), expected)
+
     # A model with signature and example, which has no sample of the data in it.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", workplace.tracking_uri)
     info = mlflow.models.get_model_info(f"models:/{model.model_id}")
@@ -115,29 +159,78 @@ def test_the_best_model_of_a_finished_run_is_loaded_and_served_by_mlflow_alone(
     assert info.saved_input_example_info is not None
 
 
-def test_what_a_killed_process_began_is_replaced_and_what_it_ended_is_not_logged_again(
-    tmp_path: Path, server_uri: str
+def packed(folder: Path) -> Path:
+    """What a training leaves: a module that takes four numbers and gives one."""
+    (folder / flavour.CODE).mkdir()
+    torch.save(torch.nn.Linear(4, 1), folder / flavour.CODE / MODULE)
+    tensors = {name: {"shape": [1, n], "dtype": "float32"} for name, n in (("input", 4), ("output", 1))}
+    about = {"mark": "this one", "code": [], "imports": [], "tensors": tensors, "torch": torch.__version__}
+    write_json(folder / flavour.ABOUT, about)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["server", "database"])
+def test_what_a_killed_sender_began_is_replaced_and_what_it_ended_is_not_logged_again(
+    kind: str, tmp_path: Path, server_uri: str
 ) -> None:
-    client = MlflowClient(server_uri)
-    experiment = client.create_experiment(tmp_path.name)
-    run_id = client.create_run(experiment).info.run_id
-    (tmp_path / flavour.CODE).mkdir()
-    torch.save(torch.nn.Linear(4, 1), tmp_path / flavour.CODE / "module.pt")
-    about = {"mark": "this one", "code": [], "imports": [], "step": 0, "register": None}
-    write_json(tmp_path / flavour.ABOUT, about)
-    begun = client.create_logged_model(experiment, "model", run_id, {"tracked.packed": "this one"})
+    uri = server_uri if kind == "server" else f"sqlite:///{tmp_path}/mlflow.db"
+    server = Server(uri, timeout=30)
+    run = new_run(server)
+    client = MlflowClient(uri, uri)
+    begun = client.create_logged_model(run.experiment_id, "model", run.run_id, {"tracked.packed": "this one"})
+    (tmp_path / "packed").mkdir()
+    folder, name = packed(tmp_path / "packed"), uuid.uuid4().hex
 
     for _ in range(2):
-        assert flavour.log(tmp_path, server_uri, run_id)[0] == 0
-    (found,) = client.search_logged_models([experiment])
+        flavour.log(server, run.run_id, folder, step=3, register=name)
+    (found,) = client.search_logged_models([run.experiment_id])
     assert found.model_id != begun.model_id
     assert found.status == "READY"
+    (version,) = client.search_model_versions(f"name = '{name}'")
+    assert version.source == f"models:/{found.model_id}"
+    assert json.loads(client.get_logged_model(found.model_id).tags["mlflow.modelVersions"]) == [
+        {"name": name, "version": version.version}
+    ]
+
+
+def test_the_files_are_those_that_mlflow_writes_itself(tmp_path: Path, server_uri: str) -> None:
+    server = Server(server_uri, timeout=30)
+    run = new_run(server)
+    flavour.log(server, run.run_id, packed(tmp_path), step=3, register=None)
+    module = torch.load(tmp_path / flavour.CODE / MODULE, weights_only=False)
+    example = np.zeros((1, 4), "float32")
+    signature = mlflow.models.infer_signature(example, example[:, :1])
+    mlflow.pytorch.save_model(
+        module,
+        str(tmp_path / "theirs"),
+        signature=signature,
+        input_example=example,
+        pip_requirements=(tmp_path / "files" / "requirements.txt").read_text().split(),
+        serialization_format="pickle",
+    )
+    ours, theirs = ({*each.rglob("*")} for each in (tmp_path / "files", tmp_path / "theirs"))
+    assert {f.relative_to(tmp_path / "files") for f in ours} == {
+        f.relative_to(tmp_path / "theirs") for f in theirs
+    }
+    for name in ("conda.yaml", "python_env.yaml", "input_example.json", "serving_input_example.json"):
+        assert yaml.safe_load((tmp_path / "files" / name).read_text()) == yaml.safe_load(
+            (tmp_path / "theirs" / name).read_text()
+        )
+    mine, other = (Model.load(str(tmp_path / each)).to_dict() for each in ("files", "theirs"))
+    for one in (mine, other):
+        one["flavors"]["python_function"].pop("pickle_module_name")
+        for name in (
+            "model_uuid",
+            "model_id",
+            "utc_time_created",
+            "artifact_path",
+            "run_id",
+            "model_size_bytes",
+        ):
+            one.pop(name, None)
+    assert mine == other
 
 
 def test_a_server_that_is_away_is_asked_again_later(tmp_path: Path) -> None:
-    write_json(
-        tmp_path / flavour.ABOUT, {"mark": "1", "code": [], "imports": [], "step": 0, "register": None}
-    )
-    status, said = flavour.log(tmp_path, "http://127.0.0.1:9", "0" * 32)
-    assert status == flavour.LATER
-    assert "127.0.0.1" in said
+    with pytest.raises(ServerUnavailable):
+        flavour.log(Server("http://127.0.0.1:9"), "0" * 32, packed(tmp_path), step=1, register=None)

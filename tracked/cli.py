@@ -149,10 +149,9 @@ _shown = _options(
         help="Log how busy processors, memory, disk, network and GPUs are.",
     ),
     click.option(
-        "--log-model",
-        is_flag=True,
+        "--log-model/--no-log-model",
         default=None,
-        help="At the end, log the best weights as a model of MLflow's PyTorch flavour.",
+        help="At the end, log the best weights as a model of MLflow's PyTorch flavour; as a rule it does.",
     ),
     click.option(
         "--register",

@@ -398,12 +398,20 @@ class Delivery:
         assert self.view is not None
         folder = self.folder / body["folder"]
         if (folder / flavour.ABOUT).exists():
-            write_json(folder / flavour.ABOUT, {**read_json(folder / flavour.ABOUT), **body})
-            status, said = flavour.log(folder, self.server.uri, self.view.run_id)
-            if status == flavour.LATER:
-                raise ServerUnavailable(f"the model cannot be logged: {said}")
-            if status != 0:
-                self._reject("model", body, ServerError(said))
+            run_id = self.view.run_id
+            try:
+                flavour.log(self.server, run_id, folder, step=body["step"], register=body["register"])
+            except (RecordRejected, OSError) as error:
+                self._reject("model", body, error)
+            except ServerRefused as error:
+                # Of models alone, or of everything? Then this call says so.
+                if self.server.get_run(run_id).deleted:
+                    raise
+                if isinstance(error, NoSuchRun):
+                    raise ServerUnavailable(
+                        f"somebody deleted the model while it was logged: {error}"
+                    ) from None
+                self._reject("model", body, error)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _send_checkpoint(self, body: dict[str, Any], end: Place) -> bool:

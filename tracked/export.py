@@ -18,8 +18,8 @@ from tracked import params
 from tracked.errors import UsageError
 from tracked.experiment import Experiment, Task
 from tracked.inspection import object_in
-from tracked.names import EXPERIMENT_FILE, FILE, MANIFEST
-from tracked.packaging import MODULE, example, save, unwrapped
+from tracked.names import EXPERIMENT_FILE, FILE, MANIFEST, MODULE
+from tracked.packaging import example, save, unwrapped
 from tracked.place import Place
 from tracked.retrieval import Retrieved, retrieve
 from tracked.seeding import derive, preserved_generators, seed_generators

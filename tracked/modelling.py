@@ -1,10 +1,11 @@
-"""Packs the module of the best step for the process that logs it to MLflow, when a training has finished."""
+"""Packs the module of the best step for the sender, which logs it to MLflow, when a training has finished."""
 
 from __future__ import annotations
 
 import ast
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,9 @@ from torch import nn
 from tracked.archive import digest
 from tracked.errors import TrackedError
 from tracked.experiment import Experiment, Task
-from tracked.flavour import ABOUT, CODE, EXAMPLE
-from tracked.packaging import MODULE, example, save, unwrapped
+from tracked.flavour import ABOUT, CODE
+from tracked.names import MODULE
+from tracked.packaging import example, save, unwrapped
 from tracked.seeding import preserved_generators
 from tracked.spool import write_json
 from tracked.state import load_module
@@ -47,33 +49,39 @@ def _pack(model: nn.Module, task: Task, experiment: Experiment, folder: Path, ru
         run.progress.warn(
             f"the model refers to {', '.join(needed)}, which must be importable where it is loaded"
         )
-    inputs = _blank_input(task, model)
-    if inputs is None:
-        run.progress.warn(
-            "the model is logged without signature and example: MLflow knows those of one tensor only"
-        )
-    else:
-        torch.save(inputs, folder / EXAMPLE)
-    imports = sorted({name for each in names for name in _imported(code / each)})
-    # By what is in it: a run that is resumed to the same weights has its model already.
-    write_json(folder / ABOUT, {"mark": digest(code / MODULE), "code": names, "imports": imports})
+    tensors = _tensors(task, model)
+    if tensors is None:
+        run.progress.say("the model gets no signature: MLflow serves what takes one tensor and gives one")
+    about = {
+        # By what is in it: a run that is resumed to the same weights has its model already.
+        "mark": digest(code / MODULE),
+        "code": names,
+        "imports": sorted({name for each in names for name in _imported(code / each)}),
+        "tensors": tensors,
+        "torch": torch.__version__,
+    }
+    write_json(folder / ABOUT, about)
 
 
-def _blank_input(task: Task, model: nn.Module) -> torch.Tensor | None:
-    """A sample of zeros, shaped as those that the model takes: no sample of the data goes along.
+def _tensors(task: Task, model: nn.Module) -> dict[str, dict[str, Any]] | None:
+    """Shape and dtype of what the model takes and gives for one sample, as NumPy has them.
 
-    None where the model takes something else than one tensor.
+    None where that is not one tensor each.
     """
     task.model.eval()
     try:
         with preserved_generators(), torch.no_grad():
-            args, kwargs = example(task, model)
+            (inputs,), others = example(task, model)
+            inputs = torch.zeros_like(inputs[:1])
+            outputs = model(inputs)
+            if others or not all(isinstance(each, torch.Tensor) and each.dim() for each in (inputs, outputs)):
+                return None
+            return {
+                name: {"shape": [*each.shape], "dtype": str(each.cpu().numpy().dtype)}
+                for name, each in (("input", inputs), ("output", outputs))
+            }
     except Exception:  # noqa: BLE001 - the user's data and step, which may want the device that the training had
         return None
-    (first, *others) = args or (None,)
-    if others or kwargs or not isinstance(first, torch.Tensor) or not first.dim():
-        return None
-    return torch.zeros_like(first[:1], device="cpu")
 
 
 def _imported(file: Path) -> set[str]:

@@ -52,6 +52,8 @@ FORK = "mlflow.tracked.fork."
 # Checkpoints, in the spool and among a run's artifacts: checkpoints/step-00000938/checkpoint.pt
 FILE = "checkpoint.pt"
 MANIFEST = "manifest.json"
+# A whole module, exported or on its way to a model of MLflow.
+MODULE = "module.pt"
 
 
 def folder_name(step: int) -> str:

@@ -18,8 +18,6 @@ from tracked.errors import TrackedError
 from tracked.experiment import Task
 from tracked.streams import batches_of
 
-MODULE = "module.pt"
-
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module itself where it was compiled, which cannot be saved."""
@@ -62,11 +60,11 @@ def save(model: nn.Module, path: Path, folder: Path, *, try_next: str = "") -> t
 
 
 def example(task: Task, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the module is called with for the first batch of the training data, of at least two samples."""
+    """What the module is called with for two samples of the training data."""
     collate = {key: value for key, value in task.loader.items() if key == "collate_fn"}
     batches = batches_of(
         task.train_data,
-        batch_size=max(2, task.batch_size),
+        batch_size=2,
         seed=0,
         shuffle=False,
         loader=collate,

@@ -78,7 +78,7 @@ class Settings:
     min_delta: float = 0.0
     deterministic: bool = False
     device: str = "auto"
-    log_model: bool = False
+    log_model: bool = True
     register: str | None = None
     system_metrics: bool = False
 

@@ -1,36 +1,35 @@
-"""All that is said to an MLflow server, or to an SQLite file in its place, and its errors made ours.
-
-Every request is made once, with a timeout of its own: who calls decides whether to try again. MLflow reads
-its settings for that from the environment, which is the user's; so they go along with each request instead.
-"""
+"""All that is said to an MLflow server, or to an SQLite file in its place, and its errors made ours."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import math
-import os
 import re
 import threading
 import time
 import uuid
-from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
-from urllib.parse import quote, unquote, urlsplit
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
+import mlflow
 import requests
-from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
 from mlflow.entities import (
     Dataset,
     DatasetInput,
     ExperimentTag,
     InputTag,
     LifecycleStage,
+    LoggedModel,
+    LoggedModelOutput,
+    LoggedModelParameter,
+    LoggedModelStatus,
+    LoggedModelTag,
     Metric,
     Param,
     Run,
@@ -38,23 +37,19 @@ from mlflow.entities import (
     RunTag,
     ViewType,
 )
-from mlflow.exceptions import InvalidUrlException, MlflowException, RestException
-from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+from mlflow.store.model_registry.abstract_store import AbstractStore as RegistryStore
 from mlflow.store.tracking.abstract_store import AbstractStore
-from mlflow.store.tracking.rest_store import RestStore
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.logging_utils import suppress_logs_in_thread
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
-from mlflow.utils.proto_json_utils import parse_dict
-from mlflow.utils.rest_utils import MlflowHostCreds, http_request
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_MODEL_VERSIONS
 from sqlalchemy import bindparam, text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from tracked.address import database, normalise_uri, redact
+from tracked.artifacts import Artifacts, Direct, Entry, Proxied, beside, inside
 from tracked.errors import (
     CheckpointError,
     NoSuchRun,
@@ -66,6 +61,7 @@ from tracked.errors import (
 )
 from tracked.names import HANDLE, stored
 from tracked.packing import Point
+from tracked.transport import Http, OneRequestRegistry, OneRequestStore, brief, first_words, no_answer
 
 __all__ = ["Latest", "RunView", "Server", "stored"]
 
@@ -114,6 +110,16 @@ class RunView:
     latest: dict[str, Latest] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ModelView:
+    """A logged model as the server showed it at one moment."""
+
+    model_id: str
+    status: str
+    artifact_uri: str
+    tags: dict[str, str]
+
+
 class Server:
     """One tracking URI. Safe to use from several threads; opens nothing before the first call.
 
@@ -130,8 +136,8 @@ class Server:
         self.uri = normalise_uri(tracking_uri)
         self._database = database(self.uri)
         self._create = create
-        self._http = None if self._database else _Http(self.uri, timeout)
-        self._opened: AbstractStore | None = _OneRequestStore(self._http) if self._http else None
+        self._http = None if self._database else Http(self.uri, timeout)
+        self._opened: AbstractStore | None = OneRequestStore(self._http) if self._http else None
         self._experiments: dict[str, str] = {}
         self._artifact_uris: dict[str, str] = {}
 
@@ -353,6 +359,18 @@ class Server:
         with self._writing(run_id):
             self._store.log_inputs(run_id, datasets)
 
+    def datasets(self, run_id: str) -> dict[str, tuple[str, str]]:
+        """Name and digest of the data sets that a run reads, by their contexts."""
+        with self._translated():
+            inputs = self._store.get_run(run_id).inputs
+        return {
+            context: (each.dataset.name, each.dataset.digest)
+            for each in (inputs.dataset_inputs if inputs else [])
+            for tag in each.tags
+            if tag.key == MLFLOW_DATASET_CONTEXT
+            for context in tag.value.split(", ")
+        }
+
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Write params, which can be written once only.
 
@@ -465,6 +483,32 @@ class Server:
             return self.history(run_id, key)
         return sorted(points, key=lambda point: point[:2])
 
+    def points_at(self, run: RunView, step: int) -> list[Point]:
+        """What the run has logged at `step`, of every key that `run` shows."""
+        if self._http is None:
+            return self._points_in_database(run.run_id, step)
+        points = []
+        for key in run.latest:
+            asked = {"run_ids": run.run_id, "metric_key": key, "start_step": step, "end_step": step}
+            address = f"{self._http.host}/api/2.0/mlflow/metrics/get-history-bulk-interval"
+            with self._translated():
+                answer = self._http.json("GET", address, params=asked, read=_LONG_READ_SECONDS)
+            points += [(key, *_point(point)) for point in answer.get("metrics", [])]
+        return points
+
+    def _points_in_database(self, run_id: str, step: int) -> list[Point]:
+        store = self._store
+        assert isinstance(store, SqlAlchemyStore)
+        statement = text(
+            "SELECT key, step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END FROM metrics "
+            "WHERE run_uuid = :run AND step = :step ORDER BY key"
+        )
+        with self._translated(), store.engine.connect() as connection:
+            return [
+                (key, at, timestamp, math.nan if value is None else value)
+                for key, at, timestamp, value in connection.execute(statement, {"run": run_id, "step": step})
+            ]
+
     # Files
 
     def upload(self, run_id: str, local: Path, directory: str) -> None:
@@ -475,7 +519,7 @@ class Server:
         Raises:
             CheckpointError: `local` cannot be read, or the names cannot be used.
         """
-        _inside(_beside(directory, local.name))
+        inside(beside(directory, local.name))
         if not local.is_file():
             raise CheckpointError(f"there is no file {local} to upload", expected="a file that can be read")
         try:
@@ -509,7 +553,7 @@ class Server:
         Raises:
             CheckpointError: `path` would lead elsewhere, the run has no such file, or `to` cannot be written.
         """
-        source = _inside(path)
+        source = inside(path)
         size = self.sizes(run_id, str(source.parent)).get(source.name)
         if size is None:
             raise CheckpointError(
@@ -538,9 +582,79 @@ class Server:
 
     def delete(self, run_id: str, path: str) -> None:
         """Delete an artifact, file or directory. One that is missing is fine."""
-        _inside(path)
+        inside(path)
         with self._translated():
             self._artifacts(run_id).delete(path)
+
+    # Models
+
+    def models(self, run: RunView) -> list[ModelView]:
+        """The models that a run has logged."""
+        with self._translated():
+            found = self._store.search_logged_models([run.experiment_id], f"source_run_id = '{run.run_id}'")
+        return [_model(each) for each in found]
+
+    def create_model(self, run: RunView, name: str, *, tags: Mapping[str, str], step: int) -> ModelView:
+        """A model that `run` has made at `step`: with the run's params, and pending until `finish_model`.
+
+        Raises:
+            RecordRejected: The server cannot store it.
+        """
+        with self._writing(run.run_id):
+            made = self._store.create_logged_model(
+                run.experiment_id,
+                name,
+                run.run_id,
+                [LoggedModelTag(key, value) for key, value in tags.items()],
+                [LoggedModelParameter(key, value) for key, value in run.params.items()],
+            )
+            self._store.log_outputs(run.run_id, [LoggedModelOutput(made.model_id, step)])
+        return _model(made)
+
+    def upload_model(self, model: ModelView, folder: Path) -> None:
+        """Store every file of `folder` as the model's."""
+        with self._translated():
+            artifacts = self._artifacts_at(model.artifact_uri)
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                directory = file.parent.relative_to(folder).as_posix()
+                artifacts.upload(file, "" if directory == "." else directory)
+
+    def finish_model(self, model_id: str) -> None:
+        """Have the server show the model as ready."""
+        with self._translated():
+            self._store.finalize_logged_model(model_id, LoggedModelStatus.READY)
+
+    def delete_model(self, model_id: str) -> None:
+        """Put a model into the bin."""
+        with self._translated():
+            self._store.delete_logged_model(model_id)
+
+    def register_model(self, model: ModelView, run: RunView, name: str, alias: str) -> None:
+        """Make the model a version of the registered model `name`, if it is none, and point `alias` at it.
+
+        Raises:
+            RecordRejected: The name cannot be used.
+        """
+        source = f"models:/{model.model_id}"
+        with self._translated():
+            registry = self._registry()
+            try:
+                registry.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            known = registry.search_model_versions(f"source_path = '{source}'")
+            version = next((each for each in known if each.name == name), None)
+            if version is None:
+                version = registry.create_model_version(name, source, run.run_id, model_id=model.model_id)
+            registry.set_registered_model_alias(name, alias, str(version.version))
+            # By which the interface leads from the model to its versions.
+            versions = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+            if (this := {"name": name, "version": version.version}) not in versions:
+                said = json.dumps([*versions, this])
+                self._store.set_logged_model_tags(
+                    model.model_id, [LoggedModelTag(MLFLOW_MODEL_VERSIONS, said)]
+                )
 
     # The place
 
@@ -579,6 +693,15 @@ class Server:
                 )
             self._opened = open_database(self.uri, self._database)
         return self._opened
+
+    def _registry(self) -> RegistryStore:
+        if self._http:
+            return OneRequestRegistry(self._http)
+        from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+
+        # Where the database makes a version it asks MLflow for the model, at the address of the whole process.
+        mlflow.set_tracking_uri(self.uri)
+        return SqlAlchemyStore(self.uri)
 
     def _experiment_id(self, name: str) -> str:
         if name not in self._experiments:
@@ -664,23 +787,26 @@ class Server:
             },
         )
 
-    def _artifacts(self, run_id: str) -> _Artifacts:
+    def _artifacts(self, run_id: str) -> Artifacts:
         uri = self._artifact_uris.get(run_id, "")
         # Asked for again after a while: it also finds out within the short timeout whether the server is there,
         # before a transfer that has to wait longer begins.
         if not uri or (self._http and time.monotonic() - self._http.answered > _LOOK_AGAIN_SECONDS):
             uri = self.get_run(run_id).artifact_uri
+        return self._artifacts_at(uri)
+
+    def _artifacts_at(self, uri: str) -> Artifacts:
         if self._http and uri.startswith(("mlflow-artifacts:", "http:", "https:")):
             if uri.startswith("mlflow-artifacts:"):
                 uri = MlflowArtifactsRepository.resolve_uri(uri, self._http.host)
-            return _Proxied(self._http, uri)
-        return _Direct(
+            return Proxied(self._http, uri)
+        return Direct(
             get_artifact_repository(uri, tracking_uri=self._http.host if self._http else self.uri), uri
         )
 
-    def _entries(self, run_id: str, directory: str) -> list[_Entry]:
+    def _entries(self, run_id: str, directory: str) -> list[Entry]:
         if directory not in ("", "."):
-            _inside(directory)
+            inside(directory)
         with self._translated():
             return self._artifacts(run_id).entries("" if directory == "." else directory)
 
@@ -711,17 +837,17 @@ class Server:
             except MlflowException as error:
                 raise self._ours(error) from None
             except requests.RequestException as error:
-                raise _no_answer(self.place, _reason(error)) from None
+                raise no_answer(self.place, brief(error)) from None
             except OperationalError as error:
-                raise _no_answer(self.place, str(error.orig)) from None
+                raise no_answer(self.place, str(error.orig)) from None
             except SQLAlchemyError as error:
                 raise ServerRefused(
-                    f"{self.place} cannot be used: {_first_words(str(error))}",
+                    f"{self.place} cannot be used: {first_words(str(error))}",
                     expected="a database made by MLflow",
                 ) from None
 
     def _ours(self, error: MlflowException) -> ServerError:
-        said = _first_words(error.message)
+        said = first_words(error.message)
         if self._http:
             said = self._http.scrub(said)
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
@@ -736,176 +862,7 @@ class Server:
                 expected="a database of the MLflow version that is installed",
                 try_next=f"mlflow db upgrade {self.place}",
             )
-        return _no_answer(self.place, said)
-
-
-# HTTP
-
-
-class _Http:
-    """Requests to one server: a single attempt each, its credentials kept out of every text."""
-
-    def __init__(self, uri: str, timeout: float) -> None:
-        parts = urlsplit(uri)
-        self._user, self._password = unquote(parts.username or ""), unquote(parts.password or "")
-        self.host = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        self._timeout = timeout
-        self.answered = -math.inf
-        """When the server was there last, by `time.monotonic`."""
-
-    def credentials(self, host: str | None = None) -> MlflowHostCreds:
-        creds: MlflowHostCreds = get_default_host_creds(host or self.host)
-        # Not to another host: an artifact's address comes from the server.
-        if self._user and urlsplit(creds.host).netloc == urlsplit(self.host).netloc:
-            creds.username, creds.password = self._user, self._password
-        return creds
-
-    def scrub(self, text: str) -> str:
-        """`text` without what this process authenticates with: a proxy may echo a request's headers."""
-        creds = self.credentials()
-        secrets = [self._password, creds.password, creds.token]
-        if creds.username and creds.password:
-            secrets.append(b64encode(f"{creds.username}:{creds.password}".encode()).decode())
-        for secret in filter(None, secrets):
-            text = text.replace(secret, "***")
-        return redact(text)
-
-    def json(self, method: str, url: str, **request: Any) -> dict[str, Any]:
-        """The JSON object that the server answers with.
-
-        Raises:
-            RestException: MLflow's own answer that a record is invalid, or a thing missing or there already.
-            ServerUnavailable, ServerRefused: any other answer, or none.
-        """
-        with closing(self.request(method, url, **request)) as response:
-            try:
-                answer = response.json()
-            except requests.JSONDecodeError:
-                # MLflow answers an upload with nothing.
-                answer = {} if method == "PUT" and not response.content else None
-            if not isinstance(answer, dict):
-                raise self._refused(response)
-            return answer
-
-    def request(
-        self,
-        method: str,
-        url: str,
-        *,
-        connect: float | None = None,
-        read: float | None = None,
-        **request: Any,
-    ) -> requests.Response:
-        """An answer with status 200. `connect` and `read` are timeouts in s."""
-        address = urlsplit(url)
-        host = address._replace(path="", query="", fragment="").geturl()
-        try:
-            response: requests.Response = http_request(
-                self.credentials(host),
-                url.removeprefix(host),
-                method,
-                max_retries=0,
-                retry_codes=frozenset(),
-                raise_on_status=False,
-                timeout=(connect or self._timeout, read or self._timeout),
-                **request,
-            )
-        except InvalidUrlException:
-            raise ServerRefused(
-                f"{self.host} is no address",
-                expected="the address of an MLflow server",
-                try_next="--tracking-uri",
-            ) from None
-        except MlflowException as error:
-            cause = error.__cause__ or error.__context__
-            if isinstance(cause, requests.RequestException):
-                raise _no_answer(self.host, self.scrub(_reason(cause))) from None
-            # Not the network: a way to authenticate that is not installed, a setting that cannot be read.
-            raise ServerRefused(
-                f"no request to {self.host} can be made: {self.scrub(_first_words(error.message))}",
-                expected="MLFLOW_TRACKING_… settings that MLflow accepts",
-            ) from None
-        if response.status_code == 200:
-            self.answered = time.monotonic()
-            return response
-        with closing(response):
-            raise self._complaint(response)
-
-    def _complaint(self, response: requests.Response) -> Exception:
-        status = response.status_code
-        try:
-            answer = response.json()
-        except requests.JSONDecodeError:
-            answer = None
-        code = answer.get("error_code") if isinstance(answer, dict) else None
-        # Only by MLflow's own word: a proxy's 400 says nothing of the record, its 404 nothing of the run.
-        if status in (400, 404) and code in (
-            "INVALID_PARAMETER_VALUE",
-            "RESOURCE_DOES_NOT_EXIST",
-            "RESOURCE_ALREADY_EXISTS",
-        ):
-            return RestException(answer)
-        # BAD_REQUEST is MLflow's word for a database that refused: asked again, two that wrote one param at the
-        # same time learn who was first.
-        if status in (408, 413, 429) or status >= 500 or code == "BAD_REQUEST":
-            said = answer.get("message") if isinstance(answer, dict) else response.text
-            return _no_answer(self.host, self.scrub(f"{status} {_first_words(str(said or response.reason))}"))
-        return self._refused(response)
-
-    def _refused(self, response: requests.Response) -> ServerRefused:
-        status = response.status_code
-        words = _first_words(response.text).removeprefix(str(status)).strip()
-        said = self.scrub(f"{status} {words}".strip())
-        if status in (401, 403):
-            return ServerRefused(
-                f"{self.host} refused access: {said}",
-                expected="credentials that this server accepts",
-                try_next="export MLFLOW_TRACKING_USERNAME=… MLFLOW_TRACKING_PASSWORD=…",
-            )
-        return ServerRefused(
-            f"{self.host} does not answer as an MLflow server does: {said}",
-            expected="the address under which MLflow's UI opens",
-            try_next=f"curl {self.host}/version",
-        )
-
-
-class _OneRequestStore(RestStore):
-    """MLflow's own REST calls, sent by `_Http`."""
-
-    def __init__(self, http: _Http) -> None:
-        super().__init__(http.credentials)  # type: ignore[no-untyped-call]
-        self._http = http
-
-    def _call_endpoint(
-        self,
-        api: Any,
-        json_body: str | None = None,
-        endpoint: str | None = None,
-        retry_timeout_seconds: float | None = None,  # noqa: ARG002 - there are no retries
-        response_proto: Any = None,
-    ) -> Any:
-        path, method = self._METHOD_TO_INFO[api]
-        body = json.loads(json_body) if json_body else None
-        answer = self._http.json(
-            method, f"{self._http.host}{endpoint or path}", **{"params" if method == "GET" else "json": body}
-        )
-        message = response_proto or api.Response()
-        try:
-            parse_dict(answer, message)
-        except ParseError:
-            raise ServerRefused(
-                f"{self._http.host} answered {_first_words(self._http.scrub(str(answer)))}",
-                expected="the answers of an MLflow server",
-            ) from None
-        return message
-
-
-def _no_answer(place: str, reason: str) -> ServerUnavailable:
-    return ServerUnavailable(
-        f"{place} gave no usable answer: {reason}",
-        expected="an MLflow server that answers",
-        try_next=f"curl {place}/health" if place.startswith("http") else "the same again",
-    )
+        return no_answer(self.place, said)
 
 
 def _point(answer: Mapping[str, Any]) -> tuple[int, int, float]:
@@ -913,26 +870,34 @@ def _point(answer: Mapping[str, Any]) -> tuple[int, int, float]:
     return int(answer.get("step", 0)), int(answer["timestamp"]), float(answer["value"])
 
 
+def _model(found: LoggedModel) -> ModelView:
+    return ModelView(found.model_id, str(found.status), found.artifact_location, dict(found.tags))
+
+
 def _no_run(run_id: str, place: str) -> NoSuchRun:
     return NoSuchRun(f"{place} has no run {run_id!r}", expected="the ID of a run", try_next="tracked list")
 
 
-def _reason(error: requests.RequestException) -> str:
-    """The innermost cause in a few words; requests wraps it in three layers of object addresses."""
-    outer = error.args[0] if error.args else error
-    text = str(getattr(outer, "reason", outer))
-    if found := re.search(r"\[Errno -?\d+\] ([\w ,]+)", text):
-        return found[1]
-    if "timed out" in text:
-        return "nothing in time"
-    return f"{type(error).__name__}: {_first_words(text)}"
+def _chunks(entries: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Lists that fit into one request each."""
+    chunk: list[tuple[str, str]] = []
+    room = _BYTES_A_REQUEST
+    for key, value in entries:
+        size = len(json.dumps([key, value])) + len('{"key": , "value": }, ')
+        if chunk and (len(chunk) == _ENTRIES_A_REQUEST or size > room):
+            yield chunk
+            chunk, room = [], _BYTES_A_REQUEST
+        chunk.append((key, value))
+        room -= size
+    if chunk:
+        yield chunk
 
 
-def _first_words(text: str) -> str:
-    # Of a page in HTML its title says enough.
-    title = re.search(r"<title[^>]*>(.*?)</title>", text, re.DOTALL | re.IGNORECASE)
-    plain = " ".join(re.sub(r"<[^>]*>", " ", title[1] if title else text).split())
-    return plain if len(plain) <= 160 else f"{plain[:160]}…"
+def quoted(text: str) -> str | None:
+    """`text` as a string of MLflow's search syntax, which knows no escapes; None if it cannot be one."""
+    if "'" not in text:
+        return f"'{text}'"
+    return f'"{text}"' if '"' not in text else None
 
 
 # SQLite
@@ -974,191 +939,3 @@ def _locked(path: Path) -> Iterator[None]:
     with lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         yield
-
-
-# Artifacts
-
-
-@dataclass(frozen=True)
-class _Entry:
-    name: str
-    is_directory: bool
-    size: int
-
-
-class _Artifacts(Protocol):
-    """The artifacts of one run. Paths are relative, and checked before."""
-
-    def upload(self, local: Path, directory: str) -> None: ...
-    def entries(self, directory: str) -> list[_Entry]: ...
-    def download(self, path: str, size: int, to: Path) -> None: ...
-    def delete(self, path: str) -> None: ...
-
-
-class _Proxied:
-    """Artifacts that go through the MLflow server.
-
-    A file's connection may be silent for long: the server writes all of it before it answers, or fetches it
-    from a store of its own first.
-    """
-
-    _ENDPOINT = "/mlflow-artifacts/artifacts"
-
-    def __init__(self, http: _Http, root: str) -> None:
-        self._http = http
-        self._root = root.rstrip("/")
-
-    def upload(self, local: Path, directory: str) -> None:
-        patience = _patience(local.stat().st_size)
-        with local.open("rb") as file:
-            # requests sends an empty file in chunks, which not every server takes. The connect timeout also
-            # holds for each block that is sent, so it has to bear a busy disk on the other side.
-            self._http.json(
-                "PUT",
-                self._address(_beside(directory, local.name)),
-                data=file if local.stat().st_size else b"",
-                extra_headers={"Content-Type": "application/octet-stream"},
-                connect=patience,
-                read=patience,
-            )
-
-    def entries(self, directory: str) -> list[_Entry]:
-        service, _, root = self._root.partition(self._ENDPOINT)
-        path = f"{unquote(root).strip('/')}/{directory}".strip("/")
-        try:
-            answer = self._http.json("GET", f"{service}{self._ENDPOINT}", params={"path": path}, read=60.0)
-        except RestException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return []
-            raise
-        files = answer.get("files", [])
-        return [
-            _Entry(Path(f["path"]).name, f.get("is_dir", False), int(f.get("file_size", 0))) for f in files
-        ]
-
-    def download(self, path: str, size: int, to: Path) -> None:
-        response = self._http.request("GET", self._address(path), stream=True, read=_patience(size))
-        with closing(response), to.open("xb") as file:
-            for block in response.iter_content(1 << 20):
-                file.write(block)
-
-    def delete(self, path: str) -> None:
-        try:
-            self._http.json("DELETE", self._address(path), read=60.0)
-        except RestException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-
-    def _address(self, path: str) -> str:
-        return f"{self._root}/{quote(path)}"
-
-
-class _Direct:
-    """Artifacts that this process reads and writes itself: a local folder, S3 and the like."""
-
-    def __init__(self, repository: ArtifactRepository, uri: str) -> None:
-        self._repository = repository
-        self._uri = uri
-        self._folder = (
-            Path(repository.artifact_dir) if isinstance(repository, LocalArtifactRepository) else None
-        )
-
-    def upload(self, local: Path, directory: str) -> None:
-        target = self._folder / directory / local.name if self._folder else None
-        known = next(folder for folder in target.parents if folder.exists()) if target else None
-        with self._told():
-            self._repository.log_artifact(str(local), directory or None)
-            if target and known:
-                _make_durable(target, known)
-
-    def entries(self, directory: str) -> list[_Entry]:
-        with self._told():
-            found = self._repository.list_artifacts(directory or None)
-        return [_Entry(PurePosixPath(f.path).name, f.is_dir, f.file_size or 0) for f in found]
-
-    def download(self, path: str, size: int, to: Path) -> None:  # noqa: ARG002
-        with self._told():
-            # The one call that names the file to write.
-            self._repository._download_file(path, str(to))  # noqa: SLF001
-
-    def delete(self, path: str) -> None:
-        with self._told():
-            self._repository.delete_artifacts(path)
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except ImportError as error:
-            raise ServerRefused(
-                f"the artifact store {redact(self._uri)} needs the module {error.name!r}",
-                expected="the client of that store",
-                try_next=f"pip install {error.name}",
-            ) from error
-        # Each of MLflow's twenty stores has a client with errors of its own, and what they share is this.
-        except Exception as error:  # noqa: BLE001
-            raise _no_answer(redact(self._uri), redact(_first_words(str(error)))) from None
-
-
-def _patience(size: int) -> float:
-    """Seconds to wait for a file of `size` bytes: a minute, and what a slow disk of 10 MB/s needs."""
-    return 60 + size / 10e6
-
-
-def _make_durable(file: Path, known: Path) -> None:
-    """A checkpoint's pointer is sent once its file is safe, which for MLflow means: in the page cache."""
-    folders = [folder for folder in file.parents if folder == known or known in folder.parents]
-    for path in [file, *folders]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _beside(directory: str, name: str) -> str:
-    """The artifact `name` in `directory`, which is empty for the run's own root. Nothing is made of bad names."""
-    return f"{directory}/{name}" if directory else name
-
-
-def _inside(path: str) -> PurePosixPath:
-    """`path` as a name below a run's artifacts.
-
-    Raises:
-        CheckpointError: it could lead out of them, here or on the server.
-    """
-    if (
-        not path.isprintable()
-        or unquote(path) != path  # MLflow decodes a name as often as it can, and not in every store
-        or "\\" in path
-        or "#" in path
-        or re.match(r"[A-Za-z][\w+.-]*:", path)
-        or any(part in ("", ".", "..") for part in path.split("/"))
-    ):
-        raise CheckpointError(
-            f"the artifact path {path!r} is not used",
-            expected="a relative path of plain names, which cannot lead out of the run's artifacts",
-        )
-    return PurePosixPath(path)
-
-
-def _chunks(entries: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Lists that fit into one request each."""
-    chunk: list[tuple[str, str]] = []
-    room = _BYTES_A_REQUEST
-    for key, value in entries:
-        size = len(json.dumps([key, value])) + len('{"key": , "value": }, ')
-        if chunk and (len(chunk) == _ENTRIES_A_REQUEST or size > room):
-            yield chunk
-            chunk, room = [], _BYTES_A_REQUEST
-        chunk.append((key, value))
-        room -= size
-    if chunk:
-        yield chunk
-
-
-def quoted(text: str) -> str | None:
-    """`text` as a string of MLflow's search syntax, which knows no escapes; None if it cannot be one."""
-    if "'" not in text:
-        return f"'{text}'"
-    return f'"{text}"' if '"' not in text else None
