@@ -19,8 +19,8 @@ PACKAGE = ROOT / "tracked"
 ROWS = """
 errors
 failpoints names address packing params provenance schedule stopping children deferred_compiler tables plots trials
-spool space ranking trial_runs allocator resumption description confusion
-journal archive sweep_plots flavour system_metrics
+transport spool space ranking trial_runs allocator resumption description confusion
+artifacts journal archive sweep_plots flavour system_metrics
 server seeding points state delivery
 data call_delivery freezing search datasets
 streams groups sender experiment storage
@@ -42,7 +42,7 @@ run __main__
 
 # Libraries that take seconds, or that not everybody has: who may import them at all.
 ALLOWED = {
-    "mlflow": {"server", "store", "transformers", "flavour"},
+    "mlflow": {"server", "transport", "artifacts", "store", "transformers", "flavour"},
     "optuna": {"search", "storage", "study"},
     "matplotlib": {"plots", "sweep_plots"},
     "click": {"cli"},
@@ -50,7 +50,7 @@ ALLOWED = {
     "torch": {
         *("seeding", "points", "state", "data", "streams", "checkpoint", "tracking", "loop", "training"),
         *("freezing", "groups", "finetune", "deferred_compiler", "tensors", "export", "crew"),
-        *("confusion", "datasets", "packaging", "modelling", "flavour"),
+        *("confusion", "datasets", "packaging", "modelling"),
     },
     "safetensors": {"export", "finetune"},
 }
