@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -22,8 +23,9 @@ from mlflow import MlflowClient
 from mlflow.models import Model
 
 from tests.processes import Workplace, wait_until
-from tests.servers import end_group, free_port
+from tests.servers import Answer, FakeFront, end_group, free_port
 from tests.test_commands import place_of, silent
+from tests.test_sender import Post, delivered
 from tests.test_server import new_run
 from tracked import flavour
 from tracked.errors import ServerUnavailable
@@ -159,18 +161,18 @@ def test_the_best_model_of_a_finished_run_is_loaded_and_served_by_mlflow_alone(
     assert info.saved_input_example_info is not None
 
 
-def packed(folder: Path) -> Path:
+def packed(folder: Path, dtype: str = "float32") -> Path:
     """What a training leaves: a module that takes four numbers and gives one."""
-    (folder / flavour.CODE).mkdir()
+    (folder / flavour.CODE).mkdir(parents=True)
     torch.save(torch.nn.Linear(4, 1), folder / flavour.CODE / MODULE)
-    tensors = {name: {"shape": [1, n], "dtype": "float32"} for name, n in (("input", 4), ("output", 1))}
+    tensors = {name: {"shape": [1, n], "dtype": dtype} for name, n in (("input", 4), ("output", 1))}
     about = {"mark": "this one", "code": [], "imports": [], "tensors": tensors, "torch": torch.__version__}
     write_json(folder / flavour.ABOUT, about)
     return folder
 
 
 @pytest.mark.parametrize("kind", ["server", "database"])
-def test_what_a_killed_sender_began_is_replaced_and_what_it_ended_is_not_logged_again(
+def test_what_a_killed_sender_began_is_ended_and_what_it_ended_is_not_logged_again(
     kind: str, tmp_path: Path, server_uri: str
 ) -> None:
     uri = server_uri if kind == "server" else f"sqlite:///{tmp_path}/mlflow.db"
@@ -178,14 +180,15 @@ def test_what_a_killed_sender_began_is_replaced_and_what_it_ended_is_not_logged_
     run = new_run(server)
     client = MlflowClient(uri, uri)
     begun = client.create_logged_model(run.experiment_id, "model", run.run_id, {"tracked.packed": "this one"})
-    (tmp_path / "packed").mkdir()
     folder, name = packed(tmp_path / "packed"), uuid.uuid4().hex
 
     for _ in range(2):
         flavour.log(server, run.run_id, folder, step=3, register=name)
     (found,) = client.search_logged_models([run.experiment_id])
-    assert found.model_id != begun.model_id
-    assert found.status == "READY"
+    assert (found.model_id, found.status) == (begun.model_id, "READY")
+    outputs = client.get_run(run.run_id).outputs
+    assert outputs is not None
+    assert [(each.model_id, each.step) for each in outputs.model_outputs] == [(found.model_id, 3)]
     (version,) = client.search_model_versions(f"name = '{name}'")
     assert version.source == f"models:/{found.model_id}"
     assert json.loads(client.get_logged_model(found.model_id).tags["mlflow.modelVersions"]) == [
@@ -234,3 +237,35 @@ def test_the_files_are_those_that_mlflow_writes_itself(tmp_path: Path, server_ur
 def test_a_server_that_is_away_is_asked_again_later(tmp_path: Path) -> None:
     with pytest.raises(ServerUnavailable):
         flavour.log(Server("http://127.0.0.1:9"), "0" * 32, packed(tmp_path), step=1, register=None)
+
+
+NO_MODELS = Answer(404, b"<title>404 Not Found</title>")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "answer", "logged"),
+    [
+        ("complex64", None, False),  # which MLflow cannot write into an example
+        ("float32", {"answer": NO_MODELS}, False),  # an old server
+        ("float32", {"answer": Answer(500, b"no"), "times": 2}, True),
+    ],
+)
+def test_whatever_becomes_of_the_model_its_run_ends(
+    tmp_path: Path, server_uri: str, dtype: str, answer: dict[str, Any] | None, logged: bool
+) -> None:
+    with FakeFront(server_uri) as front:
+        if answer:
+            front.answer("logged-models", **answer)
+        post = Post(tmp_path, front.uri)
+        writing = post.writing()
+        writing.points("loss", 0, 10)
+        packed(writing.journal.folder / "files" / "model", dtype)
+        writing.append("model", {"folder": "files/model", "step": 3, "register": None})
+        writing.end()
+        with post:
+            writing.delivered()
+    run = delivered(post, server_uri)
+    assert run.info.status == "FINISHED"
+    assert writing.folder.about.get("rejected", 0) == (not logged)
+    found = MlflowClient(server_uri).search_logged_models([run.info.experiment_id])
+    assert [each.status for each in found] == ["READY"] * logged

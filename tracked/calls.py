@@ -28,6 +28,7 @@ from tracked.spool import Outbox, RunFolder, read_json
 log = logging.getLogger("tracked")
 
 FLUSH_SECONDS = 0.2
+"""Of what is older than this, a kill of the process takes nothing."""
 LOOK_AFTER_SECONDS = 1.0
 LONGEST_IDLE_SECONDS = 30.0
 _POLL_SECONDS = 0.005
@@ -105,6 +106,7 @@ class Calls:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._finished = False
+        self._flushed = time.monotonic()
         os.register_at_fork(after_in_child=self._begin_anew)
         _everywhere.append(self)
 
@@ -121,7 +123,8 @@ class Calls:
         """Have a call journaled: a `points` entry is one point, any other the body of a record."""
         writer = self._writers.get(run_id) or self._begin(run_id)
         writer.entries.append((kind, body))
-        if self._finished:
+        # The thread that flushes may be late on a busy machine, or waiting for a sender to start.
+        if self._finished or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
     def _begin(self, run_id: str) -> _Writer:
@@ -179,7 +182,7 @@ class Calls:
     def _work(self) -> None:
         looked_after = time.monotonic()
         while not self._finished:
-            time.sleep(FLUSH_SECONDS)
+            time.sleep(FLUSH_SECONDS / 2)
             self.flush()
             if time.monotonic() - looked_after > LOOK_AFTER_SECONDS:
                 looked_after = time.monotonic()
@@ -188,6 +191,7 @@ class Calls:
     def flush(self, *, close: bool = False) -> None:
         """Move what was added into the journals, where a kill of this process cannot reach it."""
         with self._lock:
+            self._flushed = time.monotonic()
             for writer in list(self._writers.values()):
                 try:
                     writer.flush(close=close)

@@ -54,10 +54,12 @@ if TYPE_CHECKING:
 POINTS_IN_A_REQUEST = 1000
 GATHER_SECONDS = 1.0
 REQUEST_SECONDS = 5.0
-UPLOAD_REST = 20.0
+UPLOAD_REST = 100.0
 """For so many times as long as its last one took, no checkpoint is sent for a run that is trained …"""
 LONGEST_UPLOAD_REST = 5.0
 """… but for no more than so many seconds: who loses the machine loses what had not arrived."""
+_MODEL_TRIES = 10
+"""So often a model is sent to a server that answers everything else."""
 _POINTER = ("step", "next_step", "epoch", "path", "sha256", "bytes")
 
 
@@ -100,6 +102,7 @@ class Delivery:
         ]
         self.draws_again = 0.0
         self._sends_again = 0.0
+        self._model_tries = 0
         self._on_server: set[int] | None = None
         self._points_at_once = POINTS_IN_A_REQUEST
         self._ended = False
@@ -401,17 +404,18 @@ class Delivery:
             run_id = self.view.run_id
             try:
                 flavour.log(self.server, run_id, folder, step=body["step"], register=body["register"])
-            except (RecordRejected, OSError) as error:
-                self._reject("model", body, error)
-            except ServerRefused as error:
+            except Exception as error:
                 # Of models alone, or of everything? Then this call says so.
                 if self.server.get_run(run_id).deleted:
                     raise
-                if isinstance(error, NoSuchRun):
-                    raise ServerUnavailable(
-                        f"somebody deleted the model while it was logged: {error}"
-                    ) from None
+                self._model_tries += 1
+                may_pass = isinstance(error, (ServerUnavailable, NoSuchRun, OSError))
+                if may_pass and self._model_tries < _MODEL_TRIES:
+                    raise
+                # The run's end waits behind the model.
                 self._reject("model", body, error)
+                with contextlib.suppress(ServerError):
+                    flavour.forget(self.server, run_id, folder)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _send_checkpoint(self, body: dict[str, Any], end: Place) -> bool:

@@ -1,17 +1,18 @@
 """Logs a module that a training has packed as a model of MLflow's PyTorch flavour: in the sender, without torch.
 
-What a killed sender had begun is deleted by the next try, and what is logged already is not logged again.
+What a killed sender had begun the next one ends, and what is logged already is not logged again.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracked.names import MODULE
+from tracked.names import MODULE, is_system
 from tracked.spool import read_json
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ ALIAS = "best"
 NAME = "model"
 ABOUT, CODE = "about.json", "code"
 _MARK = "tracked.packed"
+_LARGEST_EXAMPLE = 1_000_000  # elements: MLflow writes each as text, twice
 
 
 def log(server: Server, run_id: str, folder: Path, *, step: int, register: str | None) -> None:
@@ -42,9 +44,10 @@ def log(server: Server, run_id: str, folder: Path, *, step: int, register: str |
         OSError: The files cannot be written.
     """
     about, run = read_json(folder / ABOUT), server.get_run(run_id)
-    model = _logged(server, run, about["mark"])
-    if model is None:
-        model = server.create_model(run, NAME, tags={_MARK: about["mark"]}, step=step)
+    tags = {_MARK: about["mark"]}
+    model = _begun(server, run, tags) or server.create_model(run, NAME, tags=tags)
+    if model.status != "READY":
+        server.link_model(run, model, step)
         _link_metrics(server, run, model, step)
         _write(folder, to := folder / "files", about, run, model)
         server.upload_model(model, to)
@@ -53,14 +56,17 @@ def log(server: Server, run_id: str, folder: Path, *, step: int, register: str |
         server.register_model(model, run, register, ALIAS)
 
 
-def _logged(server: Server, run: RunView, mark: str) -> ModelView | None:
-    """The run's model of this mark that is whole; one that is not is deleted."""
-    for each in server.models(run):
-        if each.tags.get(_MARK) == mark:
-            if each.status == "READY":
-                return each
-            server.delete_model(each.model_id)
-    return None
+def forget(server: Server, run_id: str, folder: Path) -> None:
+    """Delete what `log` began and can never end."""
+    run = server.get_run(run_id)
+    model = _begun(server, run, {_MARK: read_json(folder / ABOUT).get("mark", "")})
+    if model is not None and model.status != "READY":
+        server.delete_model(model.model_id)
+
+
+def _begun(server: Server, run: RunView, tags: dict[str, str]) -> ModelView | None:
+    """The run's model of these tags, whole or not."""
+    return next((each for each in server.models(run) if each.tags.items() >= tags.items()), None)
 
 
 def _link_metrics(server: Server, run: RunView, model: ModelView, step: int) -> None:
@@ -71,6 +77,8 @@ def _link_metrics(server: Server, run: RunView, model: ModelView, step: int) -> 
     datasets = server.datasets(run.run_id)
     points: list[dict[str, Any]] = []
     for key, _, timestamp, value in server.points_at(run, step):
+        if is_system(key):
+            continue
         measured = "training" if key.startswith("train/") else "validation"
         name, digest = datasets.get(
             measured if "/" in key else "", (None, None)
@@ -102,7 +110,10 @@ def _write(folder: Path, to: Path, about: dict[str, Any], run: RunView, model: M
 
     shutil.rmtree(to, ignore_errors=True)  # what a killed sender left of it is of no use
     (to / "data").mkdir(parents=True)
-    os.link(folder / CODE / MODULE, to / "data" / "model.pth")
+    try:
+        os.link(folder / CODE / MODULE, to / "data" / "model.pth")
+    except OSError:  # not every file system has links
+        shutil.copyfile(folder / CODE / MODULE, to / "data" / "model.pth")
     (to / "data" / "pickle_module_info.txt").write_text("pickle")  # by which MLflow unpickles it
     for name in about["code"]:
         (to / CODE).mkdir(exist_ok=True)
@@ -115,8 +126,9 @@ def _write(folder: Path, to: Path, about: dict[str, Any], run: RunView, model: M
     )
     if tensors := about["tensors"]:
         described.signature = _signature(tensors)
-        # No sample of the data goes along.
-        _save_example(described, np.zeros(tensors["input"]["shape"], tensors["input"]["dtype"]), str(to))
+        if math.prod(tensors["input"]["shape"]) <= _LARGEST_EXAMPLE:
+            # No sample of the data goes along.
+            _save_example(described, np.zeros(tensors["input"]["shape"], tensors["input"]["dtype"]), str(to))
     code = CODE if about["code"] else None
     described.add_flavor("pytorch", model_data="data", pytorch_version=about["torch"], code=code)
     pyfunc.add_to_model(

@@ -27,18 +27,28 @@ def log_model(task: Task, experiment: Experiment, run: Run) -> None:
 
     The task's model has them afterwards. What cannot be packed is told, and no reason for the run to fail.
     """
-    model = unwrapped(task.model)
-    step = run.step
-    if run.stopping.best is not None and (best := run.best_state()) is not None:
-        load_module(model, best["model_state_dict"])
-        step = best["step"]
-    register = run.settings.register
     try:
-        run.add_model(
-            lambda folder: _pack(model, task, experiment, folder, run), step=step, register=register
-        )
+        _log_model(task, experiment, run)
     except TrackedError as error:
         run.progress.warn(f"no model is logged: {error}")
+    except Exception as error:  # noqa: BLE001 - of the user's classes and files, after all that was to be trained
+        run.progress.warn(f"no model is logged: {type(error).__name__}: {error}")
+
+
+def _log_model(task: Task, experiment: Experiment, run: Run) -> None:
+    model = unwrapped(task.model)
+    step, register = run.step, run.settings.register
+    if run.stopping.best is not None and run.stopping.best_step != step:
+        best = run.best_state()
+        if best is None:
+            run.progress.warn(
+                "the last weights are logged in their place" + ", and not registered" * bool(register)
+            )
+            register = None
+        else:
+            load_module(model, best["model_state_dict"])
+            step = best["step"]
+    run.add_model(lambda folder: _pack(model, task, experiment, folder, run), step=step, register=register)
 
 
 def _pack(model: nn.Module, task: Task, experiment: Experiment, folder: Path, run: Run) -> None:
@@ -87,7 +97,7 @@ def _tensors(task: Task, model: nn.Module) -> dict[str, dict[str, Any]] | None:
 def _imported(file: Path) -> set[str]:
     """The installed packages that a file imports at its top."""
     found: set[str] = set()
-    for node in ast.parse(file.read_text()).body:
+    for node in ast.parse(file.read_bytes()).body:
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -51,12 +51,15 @@ def save(model: nn.Module, path: Path, folder: Path, *, try_next: str = "") -> t
         ) from error
     copies = _copied(folder)
     named = _modules_named_in(path)
-    if not named & copies.keys():
-        copies = {}
+    copies = _reached(named, copies)
     for name, source in copies.items():
-        (path.parent / f"{name}.py").write_text(source)
+        (path.parent / f"{name}.py").write_text(source, encoding="utf-8")
     needed = [name for name in sorted(named - copies.keys()) if _is_local(name)]
     return [f"{name}.py" for name in copies], needed
+
+
+class _Seen(BaseException):
+    """The module was called: all that was to be found out."""
 
 
 def example(task: Task, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -74,6 +77,7 @@ def example(task: Task, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, An
 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args, kwargs))
+        raise _Seen  # what follows may take long, or want the device that the training had
 
     hook = model.register_forward_pre_hook(take, with_kwargs=True)
     try:
@@ -83,6 +87,8 @@ def example(task: Task, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, An
             task.forward(model, batch)
         else:
             model(batch[0])
+    except _Seen:
+        pass
     finally:
         hook.remove()
     if not seen:
@@ -100,6 +106,23 @@ def _copied(folder: Path) -> dict[str, str]:
             copy = without_package(source)
             note = f"# A copy of {file.name}, with stand-ins for what it imports of `tracked`.\n"
             found[name] = source if copy == source else note + copy
+    return found
+
+
+def _reached(named: set[str], copies: dict[str, str]) -> dict[str, str]:
+    """Those of the copies that are named, or that one of these imports: there may be others with secrets in them."""
+    found: dict[str, str] = {}
+    waiting = named & copies.keys()
+    while waiting:
+        name = waiting.pop()
+        found[name] = copies[name]
+        for node in ast.walk(ast.parse(copies[name])):
+            if isinstance(node, ast.Import):
+                waiting |= {
+                    alias.name.partition(".")[0] for alias in node.names
+                } & copies.keys() - found.keys()
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                waiting |= {node.module.partition(".")[0]} & copies.keys() - found.keys()
     return found
 
 

@@ -98,6 +98,8 @@ class Attempt:
     delivers: bool = True
     first_sample: int = 0
     """The number of the next sample of the machine."""
+    fetch_best: Callable[[int], None] | None = None
+    """Has the checkpoint of a step here, where an earlier attempt on another machine has made it."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Packed points that the run begins with: those of the run that it was forked from."""
 
@@ -221,8 +223,12 @@ class Pipe:
         try:
             path.parent.mkdir(parents=True)
             write(path)
-        except OSError as error:
-            raise spool.unusable(path, error) from error
+        except BaseException as error:
+            # Half a file would keep the room that the run's last points need on a full disk.
+            shutil.rmtree(path.parent, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise spool.unusable(path, error) from error
+            raise
         return relative
 
     def draw(self, name: str, body: Mapping[str, Any]) -> None:

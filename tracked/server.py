@@ -321,7 +321,7 @@ class Server:
                 self._store.log_batch(run_id, metrics, [], [])
 
     def log_linked_points(self, run_id: str, points: Sequence[Mapping[str, Any]]) -> None:
-        """Write points that belong to a model or a data set as well, at most 1000, in one transaction.
+        """Write points that belong to a model or a data set as well.
 
         Args:
             run_id: The run.
@@ -332,8 +332,9 @@ class Server:
             NoSuchRun: the server does not have the run.
         """
         metrics = [Metric(**{**point, "value": stored(point["value"])}) for point in points]
-        with self._writing(run_id):
-            self._store.log_batch(run_id, metrics, [], [])
+        for start in range(0, len(metrics), _POINTS_A_REQUEST):
+            with self._writing(run_id):
+                self._store.log_batch(run_id, metrics[start : start + _POINTS_A_REQUEST], [], [])
 
     def log_inputs(self, run_id: str, inputs: Sequence[Mapping[str, str]], source: Mapping[str, str]) -> None:
         """Name data sets that a run reads. One that it names already adds nothing.
@@ -594,8 +595,8 @@ class Server:
             found = self._store.search_logged_models([run.experiment_id], f"source_run_id = '{run.run_id}'")
         return [_model(each) for each in found]
 
-    def create_model(self, run: RunView, name: str, *, tags: Mapping[str, str], step: int) -> ModelView:
-        """A model that `run` has made at `step`: with the run's params, and pending until `finish_model`.
+    def create_model(self, run: RunView, name: str, *, tags: Mapping[str, str]) -> ModelView:
+        """A model that `run` has made: with the run's params, and pending until `finish_model`.
 
         Raises:
             RecordRejected: The server cannot store it.
@@ -608,8 +609,15 @@ class Server:
                 [LoggedModelTag(key, value) for key, value in tags.items()],
                 [LoggedModelParameter(key, value) for key, value in run.params.items()],
             )
-            self._store.log_outputs(run.run_id, [LoggedModelOutput(made.model_id, step)])
         return _model(made)
+
+    def link_model(self, run: RunView, model: ModelView, step: int) -> None:
+        """Have the run show the model as its output of `step`; once is enough."""
+        with self._writing(run.run_id):
+            outputs = self._store.get_run(run.run_id).outputs
+            known = {each.model_id for each in outputs.model_outputs} if outputs else set()
+            if model.model_id not in known:
+                self._store.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step)])
 
     def upload_model(self, model: ModelView, folder: Path) -> None:
         """Store every file of `folder` as the model's."""

@@ -316,13 +316,14 @@ class _Reading(IterableDataset[Any]):
                     # The state is that of an exhausted data set, which begins anew when it is asked again.
                     samples = iter(self.dataset)
                     batch = list(islice(samples, self.batch_size))
-                if len(batch) == self.batch_size or (batch and not self.drop_last):
-                    # A short one has met the end, and the state after it is that of the next epoch.
-                    done = number + 1 if len(batch) == self.batch_size else _ENDED
-                    if number >= count:
-                        yield worker, "batch", self.collate(batch), [done, self._said(stateful)]
-                    continue
-            break
+                if len(batch) < self.batch_size and (self.drop_last or not batch):
+                    break
+                # A short one has met the end, and the state after it is that of the next epoch.
+                place = [number + 1 if len(batch) == self.batch_size else _ENDED, self._said(stateful)]
+                collated = self.collate(batch) if number >= count else None
+            # Outside, where a step of the training may use more than one thread.
+            if number >= count:
+                yield worker, "batch", collated, place
         self.epoch += 1  # a worker that persists is not told
         self.places, self.turn = [], 0
         yield worker, _END, None, [_ENDED, self._said(stateful)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -261,8 +262,9 @@ def resume(word: str, request: Request) -> Run:
         assert attempt.restored is not None
         new, settings, override, standing = _continued(experiment, request, attempt.restored, view)
         _refuse_beyond(attempt, override, standing, _fork_line(attempt, word, *_typed(request)))
-        if settings.patience is not None or settings.logs_model:
-            fetch_best(request.place, view, attempt, request.progress.say)
+        attempt.fetch_best = functools.partial(
+            fetch_best, request.place, view, attempt.folder, request.progress.say
+        )
     except BaseException:
         attempt.lock.release()
         raise
@@ -599,7 +601,10 @@ def _typed(request: Request) -> list[str]:
     for name, value in request.settings.items():
         option = f"--{name.replace('_', '-')}"
         for each in value if isinstance(value, tuple) else (value,):
-            words += [option] if each is True else [option, str(each)]
+            if isinstance(each, bool):
+                words.append(option if each else f"--no-{option[2:]}")
+            else:
+                words += [option, str(each)]
     return words if request.file is None else [*words, "--file", str(request.file)]
 
 
@@ -744,8 +749,7 @@ def resume_run(
         present, chosen, override, standing = _continued_script(params, settings, attempt.restored, view)
         script = Path(view.tags.get("mlflow.source.name") or "SCRIPT.py").name
         _refuse_beyond(attempt, override, standing, _fork_line(attempt, run_id, "--", "python", script))
-        if chosen.patience is not None:
-            fetch_best(place, view, attempt, shown.say)
+        attempt.fetch_best = functools.partial(fetch_best, place, view, attempt.folder, shown.say)
         attempt.params, attempt.overridden = present, bool(override["params"])
     except BaseException:
         attempt.lock.release()

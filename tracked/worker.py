@@ -7,6 +7,7 @@ that is gone, the trial takes a checkpoint and is paused, and the process ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import sys
@@ -212,10 +213,9 @@ class Worker:
             attempt, view = begin_or_take_over(
                 place, order.handle, _quiet, before_claim=lambda view: _refuse_ended(view, order), **where
             )
-            if setup.settings.get("patience") is not None and attempt.restored is not None:
-                fetch_best(place, view, attempt, _quiet)
+            attempt.fetch_best = functools.partial(fetch_best, place, view, attempt.folder, _quiet)
         attempt.about = attempt.about or self._about
-        # Seconds each, in a process of its own: the model worth having is that of the best trial.
+        # The model worth having is that of the best trial.
         settings = Settings(**{**setup.settings, "log_model": False, "register": None})
         if order.epochs is not None:
             settings = replace(settings, epochs=order.epochs)
