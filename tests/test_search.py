@@ -106,7 +106,11 @@ def test_a_study_that_is_rebuilt_from_params_and_values_goes_on_as_it_would_have
 def as_told(trial: FrozenTrial) -> FrozenTrial:
     """What a run tells of its trial."""
     return create_trial(
-        state=trial.state, value=trial.value, params=trial.params, distributions=trial.distributions
+        state=trial.state,
+        value=trial.value,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs=trial.user_attrs,
     )
 
 
@@ -116,23 +120,35 @@ def test_a_strategy_that_evolves_is_in_the_generation_that_it_was_in_when_its_st
             "cmaes", ["popsize=4", "n_startup_trials=2"], seed=1, number=number, space=SPACE
         )
 
-    def train(study: optuna.Study, first: int, last: int) -> None:
-        for number in range(first, last):
+    def train(study: optuna.Study, promoted: int, last: int) -> None:
+        while (number := len(study.trials)) < last:
             study.sampler = sampler(number)
             trial = study.ask()
             search.suggest(trial, SPACE)
-            study.tell(trial, score(study.trials[number]))
+            told = study.trials[number]
+            if number % 5 != promoted:
+                study.tell(trial, score(told))
+                continue
+            study.tell(trial, state=TrialState.PRUNED)
+            goes_on = create_trial(
+                value=score(told),
+                params=told.params,
+                distributions=told.distributions,
+                user_attrs={search.PROMOTED_FROM: number},
+                system_attrs=search.solution_of(study.trials[number]),
+            )
+            study.add_trial(goes_on)
 
     lives, rebuilt = optuna.create_study(), optuna.create_study()
-    train(lives, 0, 17)
+    train(lives, 3, 17)
     rows = [as_told(trial) for trial in lives.trials]
     for row, memory in zip(rows, search.memories_of(rows, sampler, "minimize"), strict=True):
         row.system_attrs = memory
         rebuilt.add_trial(row)
     for study in (lives, rebuilt):
-        train(study, 17, 27)
+        train(study, 2, 33)
 
-    assert lives.trials[26].system_attrs["cma:generation"] > 4
+    assert lives.trials[-1].system_attrs["cma:generation"] > 4
     assert suggested(rebuilt) == suggested(lives)
 
 
@@ -310,7 +326,7 @@ def test_a_grid_needs_a_space_that_is_known_and_of_a_size_that_can_be_counted() 
 def test_a_pruner_stops_the_worst_of_four_where_its_options_say(
     name: str, options: list[str], stopped_at: int | None
 ) -> None:
-    study = optuna.create_study(study_name="digits", pruner=search.make_pruner(name, options, epochs=2))
+    study = optuna.create_study(study_name="digits", pruner=search.make_pruner(name, options, length=2))
     stopped: dict[int, int] = {}
     for slope in (0.1, 0.2, 0.3, 1.0):
         trial = study.ask()
@@ -327,7 +343,7 @@ def test_a_pruner_stops_the_worst_of_four_where_its_options_say(
 
 def test_hyperband_stops_by_what_was_reported_alone_in_each_bracket_from_its_first_rung_on() -> None:
     study = optuna.create_study(study_name="digits")
-    pruner = search.make_pruner("hyperband", [], epochs=9)
+    pruner = search.make_pruner("hyperband", [], length=9)
     ranks = np.random.default_rng(0).permutation(60)
     stopped: dict[int, int] = {}
     for number in range(60):

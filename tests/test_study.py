@@ -30,7 +30,7 @@ def opened(storage: StudyStorage) -> Callable[..., Study]:
     """Opens the study as one machine after another would: a grid, its pruner by name."""
 
     def opened(pruner: str = "none", *options: str, name: str = "study") -> Study:
-        chosen = make_pruner(pruner, list(options), epochs=9)
+        chosen = make_pruner(pruner, list(options), length=9)
         method = Method(
             sampler=lambda number: make_sampler("grid", [], seed=0, number=number, space=SPACE),
             pruner=chosen,
@@ -206,6 +206,69 @@ def test_a_rebuild_that_is_interrupted_goes_on_and_gives_each_trial_its_number_a
     }
     assert again.running().keys() == {2}
     assert again.reopen(2) == points[2], "the point of the grid that nobody has trained"
+
+
+def stopped(study: Study, value: float) -> int:
+    """A trial that its first report ends."""
+    number, _ = begun(study)
+    study.report(number, 1, value)
+    study.tell(number, "pruned", epochs=1)
+    return number
+
+
+def test_a_rebuild_knows_which_trials_were_promoted_and_what_is_left_to_begin(
+    opened: Callable[..., Study],
+) -> None:
+    study = opened("sha", "reduction_factor=2")
+    first = stopped(study, 0.2)
+    assert study.promote(first)
+    study.report(first, 2, 0.4)
+    second = finished(study, 0.3)
+    assert (first, second) == (0, 2), "the promotion took a number"
+    third = stopped(study, 0.1)
+    assert study.promote(third, until=9)
+    told = [
+        (json.loads(study.describe(trial.number)), Trial(**{**vars(trial), "run_id": "run"}))
+        for trial in study.trials()
+    ]
+
+    again = opened("sha", "reduction_factor=2", name="again")
+    assert again.rebuild(told) == 3
+
+    assert by_number(again) == {trial.number: trial for _, trial in told}
+    assert again.count() == study.count() == 3
+    assert again.running().keys() == study.running().keys()
+    assert [again.goes_on_from(number) for number in (first, second, third)] == [1, None, 1]
+    assert again.until(third) == 9
+    assert begun(again) == begun(study), "the last point of the grid"
+
+
+def test_what_another_machine_had_go_on_is_reported_to_where_it_goes_on(opened: Callable[..., Study]) -> None:
+    one, two = opened("sha", "reduction_factor=2"), opened("sha", "reduction_factor=2")
+    number = stopped(one, 0.2)
+    one.describe(number)
+    one._trial(number)  # as where the machine was thought dead, and was not
+    assert two.promote(number)
+
+    assert not one.report(number, 3, 0.9)
+    one.tell(number, "finished", 0.9, epochs=3)
+    row = by_number(two)[number]
+    assert (row.state, row.value, row.reports) == ("finished", 0.9, {1: 0.2, 3: 0.9})
+
+
+def test_a_promotion_that_nobody_has_marked_as_late_yet_takes_no_effect(
+    storage: StudyStorage, opened: Callable[..., Study]
+) -> None:
+    study = opened("sha", "reduction_factor=2")
+    number = stopped(study, 0.5)
+    assert study.promote(number)
+    plain = optuna.load_study(study_name="study", storage=storage.backend)
+    plain.add_trial(row_of_another(plain.get_trials()[1]))
+
+    assert not study.report(number, 2, 0.9)
+    study.tell(number, "finished", 0.9, epochs=9)
+    assert by_number(study)[number].state == "finished"
+    assert not study.running()
 
 
 def test_a_finished_run_without_a_value_does_not_stop_a_rebuild(opened: Callable[..., Study]) -> None:

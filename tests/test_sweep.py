@@ -457,6 +457,8 @@ def test_a_budget_of_epochs_is_overshot_by_less_than_a_worker_each(
     trained = sum(run.data.metrics.get("epoch", 0) for run in children.values())
     assert 5 <= trained <= 6
     assert done.returncode == 75
+    again = nursery.run(workplace, "resume", parent.info.run_id, "--max-epochs-total", "5", check=False)
+    assert again.returncode == 75, "what is half done waits for a larger budget"
     nursery.run(workplace, "resume", parent.info.run_id)
     _, children = parent_and_children(workplace)
     assert [run.data.metrics["epoch"] for run in children.values()] == [3, 3, 3, 3]

@@ -424,13 +424,17 @@ def restore(
     )
 
 
-def fetch_best(place: Place, view: RunView, folder: RunFolder, say: Say, step: int) -> None:
+def fetch_best(place: Place, view: RunView, attempt: Attempt, say: Say) -> None:
     """Have the best checkpoint here, whose weights are those of the model, and restored when patience is out."""
     from tracked.server import Server
 
+    assert attempt.restored is not None
+    step = attempt.restored["stopping"]["best_step"]
+    if step in (0, attempt.restored["step"]):
+        return
     server = Server(place.tracking_uri, create=False)
     try:
-        Asking(say, 60.0)(lambda: restore(server, view, folder, say, step=step))
+        Asking(say, 60.0)(lambda: restore(server, view, attempt.folder, say, step=step))
     except (CheckpointError, ServerError) as error:
         say(f"the best checkpoint, of step {step}, cannot be fetched: {error.found}")
 

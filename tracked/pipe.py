@@ -98,8 +98,6 @@ class Attempt:
     delivers: bool = True
     first_sample: int = 0
     """The number of the next sample of the machine."""
-    fetch_best: Callable[[int], None] | None = None
-    """Has the checkpoint of a step here, where an earlier attempt on another machine has made it."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Packed points that the run begins with: those of the run that it was forked from."""
 

@@ -8,6 +8,7 @@ study holds. Pruners decide from what was reported alone.
 from __future__ import annotations
 
 import binascii
+import copy
 import difflib
 import functools
 import importlib.util
@@ -18,7 +19,7 @@ import math
 import operator
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -292,6 +293,11 @@ def memories_of(
         return [{} for _ in trials]
     study = optuna.create_study(direction=direction)
     for number, told in enumerate(trials):
+        if (before := told.user_attrs.get(PROMOTED_FROM)) is not None:
+            goes_on = copy.copy(told)
+            goes_on.system_attrs = solution_of(study.trials[before])
+            study.add_trial(goes_on)
+            continue
         study.sampler = sampler(number)
         trial = study.ask()
         _ = trial.relative_params  # the state is kept when they are drawn; what was drawn is known
@@ -342,7 +348,7 @@ class SuccessiveHalving(BasePruner):
     def stops(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, direction: Direction) -> bool:
         """Whether `trial`, one of `trials`, ends with its last report."""
         runs = _runs(trials)
-        run = next(run for run in runs if run.newest.number == trial.number)
+        run = next(run for run in runs if run.root == _root(trial))
 
         def least(rung: int) -> int:
             return 0 if self.waits and rung == self.min_resource else 1
@@ -466,10 +472,12 @@ class _Run:
     """A trial together with those that it goes on with.
 
     Attributes:
+        root: What they have in common: the number of the first.
         newest: The last of them.
         reports: Of all of them, by step in ascending order.
     """
 
+    root: object
     newest: FrozenTrial
     reports: Mapping[int, float]
 
@@ -481,15 +489,38 @@ class _Run:
 def _runs(trials: Sequence[FrozenTrial]) -> list[_Run]:
     """In order of their first trials."""
     grouped: dict[object, list[FrozenTrial]] = {}
-    for trial in sorted(trials, key=lambda trial: trial.number):
-        if LOST in trial.user_attrs:
-            continue
-        grouped.setdefault(trial.user_attrs.get(RUN, trial.number), []).append(trial)
+    for trial in counting(trials):
+        grouped.setdefault(_root(trial), []).append(trial)
     runs = []
-    for group in grouped.values():
+    for root, group in grouped.items():
         reports = {step: value for trial in group for step, value in trial.intermediate_values.items()}
-        runs.append(_Run(group[-1], dict(sorted(reports.items()))))
+        runs.append(_Run(root, group[-1], dict(sorted(reports.items()))))
     return runs
+
+
+def counting(trials: Iterable[FrozenTrial]) -> Iterator[FrozenTrial]:
+    """Those that count, by their numbers: none that was lost, and of two that go on with one trial the first.
+
+    The second is another machine's, which had the same thought and has not marked it as lost yet.
+    """
+    continued: set[int] = set()
+    for trial in sorted(trials, key=lambda trial: trial.number):
+        before = trial.user_attrs.get(PROMOTED_FROM)
+        if LOST in trial.user_attrs or before in continued:
+            continue
+        if before is not None:
+            continued.add(before)
+        yield trial
+
+
+def _root(trial: FrozenTrial) -> object:
+    return trial.user_attrs.get(RUN, trial.number)
+
+
+def solution_of(trial: FrozenTrial) -> dict[str, Any]:
+    """What CMA-ES knows a trial by, for the one that goes on with it; its own state is in the newest that it made."""
+    attributes = trial.system_attrs.items()
+    return {name: value for name, value in attributes if name == "x_for_tell" or name.endswith("generation")}
 
 
 _PRUNER_OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
@@ -510,14 +541,14 @@ PRUNERS = tuple(_PRUNER_OPTIONS)
 
 
 def make_pruner(
-    name: str, options: Sequence[str], *, epochs: int | None = None, promotes: bool = False
+    name: str, options: Sequence[str], *, length: int | None = None, promotes: bool = False
 ) -> BasePruner:
     """The pruner of a sweep. Steps are in the unit of the reports: 1 is the first epoch.
 
     Args:
         name: One of `PRUNERS`.
         options: `name=value` words, under the names of Optuna's own arguments.
-        epochs: That a trial trains if it is not stopped; hyperband's `max_resource` unless an option says it.
+        length: Of a trial that is not stopped, in that unit; hyperband's `max_resource` unless an option says it.
         promotes: Whether trials that it has stopped may go on.
 
     Raises:
@@ -526,8 +557,8 @@ def make_pruner(
     maker, known = _named("pruner", name, _PRUNER_OPTIONS)
     given = _read_options(f"pruner {name}", maker, known, options)
     if name == "hyperband":
-        if epochs is not None:
-            given.setdefault("max_resource", epochs)
+        if length is not None:
+            given.setdefault("max_resource", length)
         _need_option("pruner hyperband", "max_resource", given, "27")
         if given["max_resource"] < given.get("min_resource", 1):
             raise UsageError(

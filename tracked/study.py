@@ -19,7 +19,16 @@ from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tracked.search import LOST, PROMOTED_FROM, RUN, Turn, direction_of, memories_of
+from tracked.search import (
+    LOST,
+    PROMOTED_FROM,
+    RUN,
+    Turn,
+    counting,
+    direction_of,
+    memories_of,
+    solution_of,
+)
 from tracked.trials import Trial
 from tracked.trials import TrialState as State
 
@@ -166,8 +175,8 @@ class Study:
             distributions=frozen.distributions,
             intermediate_values=frozen.intermediate_values,
             user_attrs=attributes,
+            system_attrs=solution_of(frozen),
         )
-        self._open.pop(number, None)
         self._study.add_trial(template)
         rows = [each for each in self._all() if each.user_attrs.get(PROMOTED_FROM) == frozen.number]
         # Of several machines that had the same thought, the first has it.
@@ -272,10 +281,13 @@ class Study:
 
         Not what Optuna's samplers keep beside it: of some that is a pickle, and nothing from a server is executed.
         """
-        frozen = self._newest(number)
+        *before, frozen = [each for each in counting(self._all()) if self._root(each) == number]
         return json.dumps(
             {
                 "number": number,
+                "row": frozen.number,
+                "before": [_ended(each) for each in before],
+                "until": frozen.user_attrs.get(_UNTIL),
                 "params": frozen.params,
                 "distributions": {
                     name: distribution_to_json(each) for name, each in frozen.distributions.items()
@@ -325,17 +337,16 @@ class Study:
         Args:
             found: What `describe` gave, and the row, of each.
         """
-        by_number = {int(told["number"]): (told, row) for told, row in found}
-        rows = [
-            _rebuilt(number, *by_number[number]) if number in by_number else _untold(number)
-            for number in range(max(by_number, default=-1) + 1)
-        ]
+        known: dict[int, FrozenTrial] = {}
+        for told, trial in (found := [*found]):
+            known |= _rebuilt(told, trial)
+        rows = [known.get(number) or _untold(number) for number in range(max(known, default=-1) + 1)]
         with _unwarned():
             memories = memories_of(rows, self._method.sampler, direction_of(self._study))
         for number in range(len(self._all()), len(rows)):
             rows[number].system_attrs = memories[number]
             self._study.add_trial(rows[number])
-        return len(by_number)
+        return len(found)
 
     # -- Optuna's rows
 
@@ -346,18 +357,15 @@ class Study:
         return int(frozen.user_attrs.get(RUN, frozen.number))
 
     def _newest_rows(self) -> dict[int, FrozenTrial]:
-        return {
-            self._root(frozen): frozen
-            for frozen in self._all()
-            if frozen.state in _STATES and not frozen.user_attrs.get(LOST)
-        }
+        return {self._root(frozen): frozen for frozen in counting(self._all()) if frozen.state in _STATES}
 
     def _newest(self, number: int) -> FrozenTrial:
         return self._newest_rows()[number]
 
     def _trial(self, number: int) -> optuna.Trial:
-        if number not in self._open:
-            frozen = self._newest(number)
+        frozen = self._newest(number)
+        # Another machine may have had it go on since it was opened here.
+        if number not in self._open or self._open[number].number != frozen.number:
             self._study.sampler = self._method.sampler(frozen.number)
             with _unwarned():
                 self._open[number] = optuna.Trial(self._study, frozen._trial_id)  # noqa: SLF001 - its only way in
@@ -367,15 +375,36 @@ class Study:
         return trial.storage.get_trial(trial._trial_id)  # noqa: SLF001
 
 
-def _rebuilt(number: int, told: Mapping[str, Any], row: Trial) -> FrozenTrial:
-    return create_trial(
-        state=_OPTUNAS["failed" if row.state == "finished" and row.value is None else row.state],
-        value=row.value if row.state == "finished" else None,
-        params=dict(told["params"]),
-        distributions={name: json_to_distribution(text) for name, text in told["distributions"].items()},
-        intermediate_values=dict(row.reports),
-        user_attrs={_EPOCHS: row.epochs, _RUN_ID: row.run_id, RUN: number},
-    )
+def _ended(frozen: FrozenTrial) -> dict[str, Any]:
+    """What a rebuilt study needs of a row that another one goes on with."""
+    row = _row(frozen.number, frozen)
+    at = max(row.reports, default=None)
+    return {"row": frozen.number, "state": row.state, "value": row.value, "at": at, "epochs": row.epochs}
+
+
+def _rebuilt(told: Mapping[str, Any], trial: Trial) -> dict[int, FrozenTrial]:
+    """The rows of a trial, by their numbers."""
+    number = int(told["number"])
+    state = "failed" if trial.state == "finished" and trial.value is None else trial.state
+    newest = {"row": told.get("row", number), "state": state, "value": trial.value, "epochs": trial.epochs}
+    rows: dict[int, FrozenTrial] = {}
+    for each in [*told.get("before", []), newest]:
+        reports = trial.reports.items()
+        attributes = {_EPOCHS: each["epochs"], _RUN_ID: trial.run_id, RUN: number}
+        if rows:
+            attributes[PROMOTED_FROM] = max(rows)
+        if each is newest and told.get("until") is not None:
+            attributes[_UNTIL] = told["until"]
+        last = each.get("at")
+        rows[int(each["row"])] = create_trial(
+            state=_OPTUNAS[each["state"]],
+            value=each["value"] if each["state"] == "finished" else None,
+            params=dict(told["params"]),
+            distributions={name: json_to_distribution(text) for name, text in told["distributions"].items()},
+            intermediate_values={at: value for at, value in reports if last is None or at <= last},
+            user_attrs=attributes,
+        )
+    return rows
 
 
 def _untold(number: int) -> FrozenTrial:

@@ -223,6 +223,10 @@ class _Coordinator:
             self._tell_parent()
             if not self._crew.numbers and self._leave:
                 return
+            if not self._crew.numbers and not self._overs and self._is_over_budget():
+                # Whatever runs in the study, and nobody trains, stays there: it is for a larger budget.
+                self._leave = self._leave or self._epochs_used_up()
+                return
             if not self._crew.numbers and self._crew.is_free and not self._lies_ahead():
                 if not self._extend():
                     return
@@ -432,6 +436,9 @@ class _Coordinator:
         most = self._request.max_epochs
         return most is not None and ranking.epochs_trained(self._study.trials()) >= most
 
+    def _epochs_used_up(self) -> str:
+        return f"{self._request.max_epochs} epochs are used up"
+
     def _look_for_strays(self) -> None:
         """Find trials that run in the study, and that nobody trains."""
         if time.monotonic() - self._looked < _LOOK_SECONDS:
@@ -492,7 +499,7 @@ class _Coordinator:
         is_last = self._plan.is_last(report, order)
         ends = self._study.report(order.number, at, report.value, epochs=epochs, is_last=is_last)
         if self._is_over_budget():  # before the trial goes on
-            reason = f"{self._request.max_epochs} epochs are used up"
+            reason = self._epochs_used_up()
             self.leave(reason, but=hand if ends or is_last else None)
         hand.tell(Verdict(ends))
 

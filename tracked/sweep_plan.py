@@ -120,9 +120,11 @@ class Plan:
 
         # Out of time, or of epochs, nothing goes on that was stopped: then it has to be worth it when it is stopped.
         promotes = request.promote and request.seconds is None and request.max_epochs is None
-        pruner = search.make_pruner(
-            request.pruner, request.pruner_options, epochs=settings.get("epochs"), promotes=promotes
-        )
+        # Where the loop is the user's own, only its steps are counted alike.
+        by_epochs = experiment.build is not None and not metric.startswith("train/")
+        unit = Interval.parse(Settings(**settings).eval_every).unit if by_epochs else "step"
+        length = settings.get("epochs" if unit == "epoch" else "max_steps")
+        pruner = search.make_pruner(request.pruner, request.pruner_options, length=length, promotes=promotes)
 
         def promotable(rows: list[Any], turn: search.Turn) -> list[int]:
             direction: search.Direction = "minimize" if mode == "min" else "maximize"
@@ -165,9 +167,6 @@ class Plan:
             "promote": request.promote,
             "trials": request.trials or (None if request.sampler == "grid" else _TRIALS),
         }
-        # Where the loop is the user's own, only its steps are counted alike.
-        by_epochs = experiment.build is not None and not metric.startswith("train/")
-        unit = Interval.parse(Settings(**settings).eval_every).unit if by_epochs else "step"
         if request.extend is not None and settings.get("epochs") is None:
             raise UsageError(
                 "the best can be trained further by epochs alone, and this sweep counts steps",
@@ -194,7 +193,10 @@ class Plan:
         names = [Path(record["file"]["path"]).name for record in (recorded, self.record)]
         if names[0] != names[1]:
             wrong.append(f"its experiment was {names[0]}, and is {names[1]}")
-        for name in ("monitor", "mode", "seed", "eval_every"):
+        alike = ["monitor", "mode", "seed", "eval_every"]
+        if self.record["pruner"] == "hyperband":
+            alike += ["epochs", "max_steps"]  # by which its brackets are laid out
+        for name in alike:
             was, now = (settings.get(name) for settings in (recorded["settings"], self.settings))
             if was != now:
                 wrong.append(f"{name} was {was!r}, and is {now!r}")

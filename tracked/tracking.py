@@ -490,11 +490,9 @@ class Run:
         self._ask_for_attention()
 
     def best_state(self) -> dict[str, Any] | None:
-        """What the checkpoint of the best step holds; None, with a warning, where it cannot be had."""
+        """What the checkpoint of the best step holds; None, with a warning, where it is not on this machine."""
         self._pipe.settle()
         folder = self._attempt.folder.checkpoints / folder_name(self.stopping.best_step)
-        if self._attempt.fetch_best and not folder.exists():
-            self._attempt.fetch_best(self.stopping.best_step)
         try:
             return load(folder / FILE, read_json(folder / MANIFEST).get("sha256"))
         except CheckpointError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -262,9 +261,8 @@ def resume(word: str, request: Request) -> Run:
         assert attempt.restored is not None
         new, settings, override, standing = _continued(experiment, request, attempt.restored, view)
         _refuse_beyond(attempt, override, standing, _fork_line(attempt, word, *_typed(request)))
-        attempt.fetch_best = functools.partial(
-            fetch_best, request.place, view, attempt.folder, request.progress.say
-        )
+        if settings.patience is not None or settings.logs_model:
+            fetch_best(request.place, view, attempt, request.progress.say)
     except BaseException:
         attempt.lock.release()
         raise
@@ -749,7 +747,8 @@ def resume_run(
         present, chosen, override, standing = _continued_script(params, settings, attempt.restored, view)
         script = Path(view.tags.get("mlflow.source.name") or "SCRIPT.py").name
         _refuse_beyond(attempt, override, standing, _fork_line(attempt, run_id, "--", "python", script))
-        attempt.fetch_best = functools.partial(fetch_best, place, view, attempt.folder, shown.say)
+        if chosen.patience is not None:
+            fetch_best(place, view, attempt, shown.say)
         attempt.params, attempt.overridden = present, bool(override["params"])
     except BaseException:
         attempt.lock.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,7 +68,7 @@ def read(server: Server, view: RunView, *, metric: str, mode: Literal["min", "ma
     reports: dict[int, float] = {}
     for step, _, value in server.history(view.run_id, metric):
         at = epochs.get(step) if unit == "epoch" else step
-        if at is not None:
+        if at is not None and not math.isnan(value):  # which no study was ever told
             reports[at] = value
     trial = glance(view)
     best = best_value(reports, mode) if trial.state == "finished" else None

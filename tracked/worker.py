@@ -7,7 +7,6 @@ that is gone, the trial takes a checkpoint and is paused, and the process ends.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import queue
 import sys
@@ -24,7 +23,7 @@ from tracked.checkpoint import keep_process
 from tracked.deferred_compiler import defer_compiler
 from tracked.errors import RunTaken, TrackedError, UsageError
 from tracked.experiment import Experiment
-from tracked.names import STATE, STOP_REASON
+from tracked.names import STATE, STOP_REASON, TRIAL
 from tracked.pipe import Progress
 from tracked.place import Place
 from tracked.schedule import Settings
@@ -213,13 +212,16 @@ class Worker:
             attempt, view = begin_or_take_over(
                 place, order.handle, _quiet, before_claim=lambda view: _refuse_ended(view, order), **where
             )
-            attempt.fetch_best = functools.partial(fetch_best, place, view, attempt.folder, _quiet)
+            if setup.settings.get("patience") is not None and attempt.restored is not None:
+                fetch_best(place, view, attempt, _quiet)
         attempt.about = attempt.about or self._about
         # The model worth having is that of the best trial.
         settings = Settings(**{**setup.settings, "log_model": False, "register": None})
         if order.epochs is not None:
             settings = replace(settings, epochs=order.epochs)
         run = Run(attempt, settings, progress=_Silent(), drain_timeout=0.0)
+        if not order.is_new:
+            run.record({TRIAL: order.tags[TRIAL]})  # it has another row in the study since it was promoted
         run.stopping.pruner = self._ask
         run.presents = False  # half a second each, beside the trainings; the parent shows the curves of all
         if order.goes_on_from is not None and run.epochs_done <= order.goes_on_from:
