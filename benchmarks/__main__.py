@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from benchmarks import checkpoint, compare, loop, overhead, startup
-from benchmarks.measure import failed, machine, table
+from benchmarks.measure import Row, report
+
+
+def measure(repeat: int, workers: int) -> Iterator[Row]:
+    yield from overhead.measure(repeat, repeat, workers)
+    yield from loop.measure(repeat)
+    yield from checkpoint.measure(repeat, checkpoint.STEPS, checkpoint.EVERY, "server", workers)
+    yield from startup.measure(repeat)
+    yield from compare.measure(repeat, workers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,19 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=5, help="repetitions of every row")
     parser.add_argument("--workers", type=int, default=1, help="worker processes of the MLflow server")
     options = parser.parse_args(arguments)
-    where = f"{machine()}; MLflow server with {options.workers} worker(s)"
-    rows = [
-        *overhead.measure(options.repeat, options.repeat, options.workers),
-        *loop.measure(options.repeat),
-        *checkpoint.measure(options.repeat, checkpoint.STEPS, checkpoint.EVERY, "server", options.workers),
-        *startup.measure(options.repeat),
-        *compare.measure(options.repeat, options.workers),
-    ]
-    print(f"{where}\n\n{table(rows)}")
-    missed = failed(rows)
-    for name in missed:
-        print(f"FAIL: {name}")
-    return 1 if missed else 0
+    about = f"MLflow server with {options.workers} worker(s)"
+    return report(lambda: measure(options.repeat, options.workers), about=about)
 
 
 if __name__ == "__main__":

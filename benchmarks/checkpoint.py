@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import statistics
 import sys
@@ -31,17 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.measure import (
-    Comparison,
-    Row,
-    failed,
-    fresh_process,
-    in_turn,
-    machine,
-    median_ratio,
-    mlflow_server,
-    table,
-)
+from benchmarks.measure import Comparison, Row, fresh_process, in_turn, median_ratio, mlflow_server, report
 
 MATRICES = 60
 SIDE = 913  # 60 × 913² float32 values are 200 MB
@@ -263,10 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", choices=("server", "sqlite"), default="server", help="where MLflow writes")
     parser.add_argument("--workers", type=int, default=1, help="worker processes of the MLflow server")
     options = parser.parse_args(arguments)
-    where = f"{machine()}; MLflow on {options.store}"
-    rows = measure(options.repeat, options.steps, options.every, options.store, options.workers)
-    print(f"{where}\n\n{table(rows)}")
-    return 1 if failed(rows) else 0
+    rows = functools.partial(
+        measure, options.repeat, options.steps, options.every, options.store, options.workers
+    )
+    return report(rows, about=f"MLflow on {options.store}")
 
 
 if __name__ == "__main__":

@@ -21,16 +21,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.measure import (
-    Comparison,
-    Row,
-    failed,
-    fresh_process,
-    in_turn,
-    machine,
-    mlflow_server,
-    table,
-)
+from benchmarks.measure import Comparison, Row, fresh_process, in_turn, mlflow_server, report
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = 50
@@ -137,10 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="worker processes of the MLflow server")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, help="measure these rows alone")
     options = parser.parse_args(arguments)
-    where = machine()
-    found = measure(options.repeat, options.workers, options.only)
-    print(f"{where}\n\n{table(found)}")
-    return 1 if failed(found) else 0
+    return report(lambda: measure(options.repeat, options.workers, options.only))
 
 
 if __name__ == "__main__":

@@ -27,17 +27,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.measure import (
-    Comparison,
-    Row,
-    failed,
-    fresh_process,
-    in_turn,
-    machine,
-    median_ratio,
-    mlflow_server,
-    table,
-)
+from benchmarks.measure import Comparison, Row, fresh_process, in_turn, median_ratio, mlflow_server, report
 from benchmarks.overhead import BATCH, lightning_epoch, now
 from experiments import iris
 from experiments.mnist import SimpleNet
@@ -265,10 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="these alone")
     parser.add_argument("--only", nargs="+", choices=TITLES, default=(), help="measure these rows alone")
     options = parser.parse_args(arguments)
-    where = machine()
-    rows = measure(options.repeat, options.models, options.only)
-    print(f"{where}\n\n{table(rows)}\n\nThe ratios are those of the times.")
-    return 1 if failed(rows) else 0
+    note = "\n\nThe ratios are those of the times."
+    return report(lambda: measure(options.repeat, options.models, options.only), note=note)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -82,6 +82,17 @@ def table(rows: Sequence[Row]) -> str:
 def failed(rows: Sequence[Row]) -> list[str]:
     """The names of the rows that miss a bar."""
     return [row.name for row in rows if not all(comparison.passed for comparison in row.comparisons)]
+
+
+def report(measure: Callable[[], Iterable[Row]], *, about: str = "", note: str = "") -> int:
+    """Measure and print: the machine, a Markdown table, what missed its bar. The exit status is 1 if something did."""
+    where = "; ".join(filter(None, [machine(), about]))
+    rows = [*measure()]
+    print(f"{where}\n\n{table(rows)}{note}")
+    missed = failed(rows)
+    for name in missed:
+        print(f"FAIL: {name}")
+    return 1 if missed else 0
 
 
 def machine() -> str:

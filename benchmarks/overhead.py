@@ -35,13 +35,11 @@ from benchmarks.measure import (
     Comparison,
     Row,
     check_delivered,
-    failed,
     fresh_process,
     in_turn,
-    machine,
     median_ratio,
     mlflow_server,
-    table,
+    report,
 )
 from experiments.mnist import SimpleNet
 
@@ -420,10 +418,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="worker processes of the MLflow server")
     parser.add_argument("--only", nargs="+", choices=TITLES, default=(), help="measure these rows alone")
     options = parser.parse_args(arguments)
-    where = f"{machine()}; MLflow server with {options.workers} worker(s)"
-    rows = measure(options.repeat, options.repeat_others, options.workers, options.only)
-    print(f"{where}\n\n{table(rows)}")
-    return 1 if failed(rows) else 0
+    about = f"MLflow server with {options.workers} worker(s)"
+    rows = functools.partial(measure, options.repeat, options.repeat_others, options.workers, options.only)
+    return report(rows, about=about)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.measure import Comparison, Row, failed, fresh_process, in_turn, machine, median_ratio, table
+from benchmarks.measure import Comparison, Row, fresh_process, in_turn, median_ratio, report
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "experiments" / "digits.py"
@@ -255,10 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=5, help="rounds")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, help="measure these rows alone")
     options = parser.parse_args(arguments)
-    where = machine()
-    found = measure(options.repeat, options.only)
-    print(f"{where}\n\n{table(found)}")
-    return 1 if failed(found) else 0
+    return report(lambda: measure(options.repeat, options.only))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 
-from benchmarks.measure import Comparison, Row, failed, in_turn, machine, mlflow_server, table
+from benchmarks.measure import Comparison, Row, in_turn, mlflow_server, report
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "experiments/digits.py"
@@ -208,6 +208,15 @@ def _epochs_until(client: MlflowClient, run_id: str, loss: float) -> float:
     return epochs[step]
 
 
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as name, mlflow_server(Path(name) / "server") as address:
+        if options.only in (None, "costs"):
+            yield from costs(address, options.repeat)
+        for word, part in (("savings", savings), ("promotion", promotion)):
+            if options.only in (None, word):
+                yield from part(address, options.seeds, options.trials, options.epochs)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of the costs")
@@ -216,16 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=9, help="epochs of a trial that nothing stops")
     parser.add_argument("--only", choices=["costs", "savings", "promotion"], help="this part alone")
     options = parser.parse_args(arguments)
-    where = machine()
-    with tempfile.TemporaryDirectory() as name, mlflow_server(Path(name) / "server") as address:
-        rows: list[Row] = []
-        if options.only in (None, "costs"):
-            rows += costs(address, options.repeat)
-        for word, part in (("savings", savings), ("promotion", promotion)):
-            if options.only in (None, word):
-                rows += part(address, options.seeds, options.trials, options.epochs)
-    print(f"{where}\n\n{table(rows)}")
-    return 1 if failed(rows) else 0
+    return report(lambda: measure(options))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.measure import Comparison, Row, failed, fresh_process, machine, mlflow_server, table
+from benchmarks.measure import Comparison, Row, fresh_process, mlflow_server, report
 
 KEYS = tuple(f"metric/{number}" for number in range(10))
 IN_A_REQUEST = 1000  # MLflow's limit
@@ -159,10 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.volume", description=__doc__)
     parser.add_argument("--points", type=int, default=1_000_000, help="points in all")
     options = parser.parse_args(arguments)
-    where = machine()
-    rows = measure(options.points)
-    print(f"{where}\n\n{table(rows)}")
-    return 1 if failed(rows) else 0
+    return report(lambda: measure(options.points))
 
 
 if __name__ == "__main__":
