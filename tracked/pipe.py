@@ -379,7 +379,7 @@ class Pipe:
                 self._progress.warn(str(error))
 
     def drain(self, beside: Callable[[dict[str, Any]], None]) -> int:
-        """Wait until the closed journal is delivered; the number of points that are not, after `patience`."""
+        """Wait until the closed journal is delivered; how many points are not after `patience`, 1 for files alone."""
         began = time.monotonic()
         while self._attempt.delivers and not self._is_delivered():
             self._look_after_sender()

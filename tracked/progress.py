@@ -75,13 +75,14 @@ class Bar(Progress):
 def result(run: Run) -> str:
     """How a training ended: how fast, how much of it is delivered, and the last and best values of its metrics."""
     seconds, samples, points = run.seconds, run.samples, run.points
+    pending = min(run.undelivered, run.pending())
     steps = run.step - (run.resumed_from or 0)
     made, unit = (steps, "steps") if samples is None else (samples, "samples")
     told = [
         f"{run.last_state} at step {run.step} (epoch {run.epochs_done})",
         f"{seconds:.1f} s",
         f"{made / seconds:.3g} {unit}/s" if seconds else "",
-        f"{points - run.undelivered} of {points} points delivered",
+        f"{points - pending} of {points} points delivered",
     ]
     rows = [("metric", "last", "best", "at step")]
     for key, value in sorted(run.metrics.items()):

@@ -549,7 +549,13 @@ class Run:
         Raises:
             SpoolError: The spool cannot be written.
         """
+        self._stop_clock()
         self._pipe.add_model(write, {"step": step, "register": register})
+
+    def _stop_clock(self) -> None:
+        """The training is over, whatever is still done with what has become of it."""
+        if self._began is not None and not self.seconds:
+            self.seconds = time.monotonic() - self._began[0]
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Have further params shown; MLflow keeps the first value of each.
@@ -638,13 +644,12 @@ class Run:
             reason: Why it ended, for people.
 
         Returns:
-            Points that are not delivered yet; they stay in the spool.
+            Points that are not delivered yet, 1 if it is files alone; they stay in the spool.
         """
         if self._over:
             return self.undelivered
         self._over = True
-        if self._began is not None:
-            self.seconds = time.monotonic() - self._began[0]
+        self._stop_clock()
         if state == "finished" and self._ends_after_step:
             state = "stopped_early" if self.stopping.is_out_of_patience else "pruned"
             reason = self._ends_after_step
@@ -659,10 +664,9 @@ class Run:
         self.undelivered = self._pipe.drain(self._beside)
         self.progress.close()
         if self.undelivered:
-            why = self.trouble() or "they are on their way"
-            self.progress.warn(
-                f"{self.undelivered} points are not delivered yet ({why})\n  try: python -m tracked.run sync"
-            )
+            why, pending = self.trouble() or "they are on their way", self.pending()
+            what = f"{pending} points are" if pending else "all points are there, the last files are"
+            self.progress.warn(f"{what} not delivered yet ({why})\n  try: python -m tracked.run sync")
         if state == "finished" and self._attempt.said().get("superseded"):
             raise self._taken()
         return self.undelivered
