@@ -131,6 +131,8 @@ def test_the_best_model_of_a_finished_run_is_loaded_and_served_by_mlflow_alone(
     # Where neither this package nor the experiment can be imported.
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
     environment |= {"MLFLOW_TRACKING_URI": workplace.tracking_uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # As in an environment that is activated: MLflow looks for uvicorn there.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     folder = workplace.path / "elsewhere"
     folder.mkdir()
     uris = [f"runs:/{run_id}/model", "models:/served@best"]

@@ -17,6 +17,7 @@ import pytest
 
 from tests.processes import EXPERIMENT, ROOT, Workplace
 from tests.proofs import assert_same_training, curves, runs, state
+from tracked.names import TRIAL
 from tracked.place import Place
 from tracked.worker import COMMAND, Begun, Leave, Order, Over, Ready, Report, Setup, Verdict
 
@@ -80,9 +81,8 @@ def start(workplace: Workplace) -> Iterator[Callable[..., Hand]]:
 
 
 def order(number: int, **params: Any) -> Order:
-    return Order(
-        number, uuid.uuid4().hex, {"lr": 0.1, "pause": 0.0, **params}, {}, f"trial {number}", is_new=True
-    )
+    values = {"lr": 0.1, "pause": 0.0, **params}
+    return Order(number, uuid.uuid4().hex, values, {TRIAL: "{}"}, f"trial {number}", is_new=True)
 
 
 def only(place: Workplace, trial: Order) -> str:
