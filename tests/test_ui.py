@@ -134,18 +134,21 @@ def points(stage: Stage, metric: str, *of: Run) -> dict[str, list[tuple[int, flo
     return {run.info.run_name: assert_whole(stage.uri, run.info.run_id)[metric] for run in of}
 
 
-def table(page: Page, heading: str) -> dict[str, str]:
-    """The table of two columns of which the first has this heading."""
+def table(page: Page, heading: str, *, columns: int = 2) -> dict[str, list[str]]:
+    """The table of so many columns of which the first has this heading: its rows, by their first cells."""
     shown = page.get_by_role("table").filter(has=page.get_by_text(heading, exact=True))
     shown.get_by_role("cell").first.wait_for()
     texts = [text.strip() for text in shown.get_by_role("cell").all_inner_texts()]
-    return dict(zip(texts[::2], texts[1::2], strict=True))
+    rows = [texts[start : start + columns] for start in range(0, len(texts), columns)]
+    return {name: values for name, *values in rows}
 
 
 def assert_run_shown(page: Page, run: Run) -> None:
-    """All its params and metrics stand on its page."""
-    assert table(page, "Parameter") == run.data.params
-    assert {name: float(value) for name, value in table(page, "Metric").items()} == run.data.metrics
+    """All its params and metrics stand on its page, and the model that the validation's are of."""
+    assert table(page, "Parameter") == {name: [value] for name, value in run.data.params.items()}
+    metrics = table(page, "Metric", columns=3)
+    assert {name: float(value) for name, (value, _) in metrics.items()} == run.data.metrics
+    assert metrics["val/loss"][1] == "model"
 
 
 def assert_compared(page: Page, name: str, values: list[str]) -> None:
