@@ -288,5 +288,6 @@ class FakeFront:
             handler.send_header("Content-Length", str(length))
             handler.end_headers()
             handler.wfile.write(answer.body)
+            handler.close_connection = handler.close_connection or answer.claimed is not None
         except (BrokenPipeError, ConnectionResetError):
             pass  # who asked has given up already

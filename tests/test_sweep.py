@@ -521,6 +521,23 @@ def test_a_study_that_was_about_something_else_is_not_gone_on_with(
     assert "experiment.py" in gone.stderr
 
 
+def test_successive_halving_goes_on_by_the_rule_that_it_began_with(
+    nursery: Nursery, workplace: Workplace
+) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    line = ("sweep", file, *GRID, *LINE, "--pruner", "sha", "--study-name", "halved")
+    # Out of time nothing that was stopped goes on, so the first trials are not stopped for being early.
+    nursery.run(workplace, *line, "--trials", "1", "--timeout", "600")
+    nursery.run(workplace, *line, "--trials", "2")
+    other = nursery.run(workplace, *line, "--trials", "3", "--no-promote", check=False)
+
+    parent, children = parent_and_children(workplace)
+    assert len(children) == 2
+    assert json.loads(parent.data.tags["mlflow.tracked.sweep"])["waits"] is False
+    assert other.returncode == 2
+    assert "promote was True, and is False" in other.stderr
+
+
 @dataclass
 class Stage:
     """A server and a folder, in which sweeps are disturbed one after another."""

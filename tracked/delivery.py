@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import threading
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
 
 POINTS_IN_A_REQUEST = 1000
 GATHER_SECONDS = 1.0
+"""For so long what a run logs waits for more, and its first checkpoint for a newer one: few requests do for all."""
 REQUEST_SECONDS = 5.0
 UPLOAD_REST = 100.0
 """For so many times as long as its last one took, no checkpoint is sent for a run that is trained …"""
@@ -101,14 +101,14 @@ class Delivery:
             record for record in passed if record.kind == "picture" and record.end <= self._files_seen
         ]
         self.draws_again = 0.0
-        self._sends_again = 0.0
+        self._sends_again = time.monotonic() + GATHER_SECONDS
         self._model_tries = 0
         self._on_server: set[int] | None = None
         self._points_at_once = POINTS_IN_A_REQUEST
         self._ended = False
         self._sent_points = time.monotonic()
         self._lease_until = 0.0
-        self._beaten = -math.inf
+        self._beaten = time.monotonic()
         self._about_lock = threading.Lock()
         self._is_closed = False
         self._open_lock = threading.Lock()
@@ -288,7 +288,7 @@ class Delivery:
                 return True
             end = record.end
         else:
-            if batch and not any(facts.values()) and not self._is_time():
+            if not self._is_time():
                 return False
         if end == self.reader.cursor("points"):
             return False
@@ -304,7 +304,7 @@ class Delivery:
         return True
 
     def _is_time(self) -> bool:
-        """Whether fewer points than fit are worth a request: full ones disturb a training beside the server least."""
+        """Whether less than fits is worth a request: full ones disturb a training beside the server least."""
         return time.monotonic() - self._sent_points >= GATHER_SECONDS or not self.reader.is_written()
 
     def _send(self, points: Sequence[Point], params: dict[str, str], tags: dict[str, str]) -> None:

@@ -541,7 +541,7 @@ PRUNERS = tuple(_PRUNER_OPTIONS)
 
 
 def make_pruner(
-    name: str, options: Sequence[str], *, length: int | None = None, promotes: bool = False
+    name: str, options: Sequence[str], *, length: int | None = None, waits: bool = False
 ) -> BasePruner:
     """The pruner of a sweep. Steps are in the unit of the reports: 1 is the first epoch.
 
@@ -549,7 +549,7 @@ def make_pruner(
         name: One of `PRUNERS`.
         options: `name=value` words, under the names of Optuna's own arguments.
         length: Of a trial that is not stopped, in that unit; hyperband's `max_resource` unless an option says it.
-        promotes: Whether trials that it has stopped may go on.
+        waits: Of successive halving: see there.
 
     Raises:
         UsageError: No such pruner or option, one that is missing, or a value that it refuses.
@@ -567,7 +567,7 @@ def make_pruner(
                 try_next="min_resource=1",
             )
     if name == "sha":
-        given["waits"] = promotes
+        given["waits"] = waits
     if name == "percentile":
         _need_option("pruner percentile", "percentile", given, "25")
     if name == "threshold" and not given:

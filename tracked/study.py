@@ -104,6 +104,11 @@ class Study:
         if _RECORD not in self._study.user_attrs:
             self._study.set_user_attr(_RECORD, json.dumps(dict(record)))
 
+    def go_by(self, method: Method) -> None:
+        """Search by another method from here on."""
+        self._method = method
+        self._study.pruner = method.pruner
+
     @property
     def record(self) -> dict[str, Any]:
         """What was kept with the study when it was new, or since."""
@@ -319,17 +324,9 @@ class Study:
         rows = self._all()
         return [self._root(rows[number]) for number in self._method.promotable(rows, turn)]
 
-    def importances(self) -> dict[str, float]:
-        """How much each param matters for the value, in all 1; empty while too few trials have finished."""
-        finished = [each for each in self._all() if each.state == TrialState.COMPLETE]
-        if len(finished) < 4:
-            return {}
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        try:
-            with _unwarned():
-                return dict(optuna.importance.get_param_importances(self._study, evaluator=evaluator))
-        except (ValueError, RuntimeError):  # all values equal, or no param in all of them
-            return {}
+    def finished(self) -> list[FrozenTrial]:
+        """The trials that have finished, as Optuna has them."""
+        return [each for each in self._all() if each.state == TrialState.COMPLETE]
 
     def rebuild(self, found: Iterable[tuple[Mapping[str, Any], Trial]]) -> int:
         """Fill a study with trials as their runs tell them; how many. One that was interrupted in it goes on.

@@ -87,6 +87,10 @@ def sweep(request: Request) -> Outcome:
         with storage.translated():
             study = Study(storage.backend, plan.name, plan.mode, plan.method, plan.record)
         plan.check_same(study.record)
+        if plan.record["waits"] != (waits := study.record.get("waits", plan.record["waits"])):
+            # Whatever this machine, or this continuation, has for a budget: all stop alike.
+            plan = Plan.make(replace(request, waits=waits), experiment)
+            study.go_by(plan.method)
         plan = plan.continued(study.record, trials=request.trials)
         study.record_again(plan.record)
         coordinator = _Coordinator(request, experiment, plan, study)
@@ -130,6 +134,7 @@ def resume(view: RunView, request: Request) -> Outcome:
             pruner=recorded["pruner"],
             pruner_options=recorded["pruner_options"],
             promote=recorded["promote"],
+            waits=recorded.get("waits"),
             trials=request.trials or recorded["trials"],
             handle=view.tags[HANDLE],
         )
@@ -239,7 +244,7 @@ class _Coordinator:
     def _tell_parent(self) -> None:
         if self._parent is not None and self._has_news:
             self._has_news = False
-            self._parent.tell(self._trials(), self._study.importances)
+            self._parent.tell(self._trials(), self._study.finished)
 
     def _lies_ahead(self) -> bool:
         """Whether there is, or may come, something to train."""
@@ -280,7 +285,7 @@ class _Coordinator:
             self._open_parent()  # whoever had it may be gone
         if self._parent is not None:
             reason = self._leave or self._why_no_more()
-            undelivered += self._parent.finish(self._trials(), self._study.importances(), state, reason)
+            undelivered += self._parent.finish(self._trials(), self._study.finished, state, reason)
         return Outcome(
             state,
             self._parent_id,

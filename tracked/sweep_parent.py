@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from subprocess import CalledProcessError
+from typing import TYPE_CHECKING, Any
 
-from tracked import ranking
+from tracked import drawing, ranking
 from tracked.attempts import Say, begin, begin_or_take_over
 from tracked.names import BEST, BEST_RUN, SWEEP, TRIALS
 from tracked.schedule import Settings
 from tracked.sweep_plan import Plan, Request
 from tracked.tracking import Run
 from tracked.trials import Trial
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 _FIRST_PICTURES = 20.0
 """Seconds before which none are drawn: a sweep that is over by then has those of its end."""
@@ -81,23 +85,30 @@ class Parent:
             time.sleep(0.02)
         return self.run.id
 
-    def tell(self, trials: list[Trial], importance: Callable[[], Mapping[str, float]]) -> None:
-        """Log how the sweep stands; draw its pictures now and then."""
+    def tell(self, trials: list[Trial], finished: Callable[[], Sequence[FrozenTrial]]) -> None:
+        """Log how the sweep stands; have its pictures drawn now and then.
+
+        Args:
+            trials: In any order.
+            finished: Gives those that have finished as the study has them.
+        """
         if not trials:
             return
         self._records += 1
         self._log(trials, self._records)
         is_drawing = self._drawing is not None and self._drawing.is_alive()
         if time.monotonic() > self._draws_again and not is_drawing:
-            self._draw(trials, importance())
+            self._draw(trials, finished())
 
-    def finish(self, trials: list[Trial], importance: Mapping[str, float], state: str, reason: str) -> int:
+    def finish(
+        self, trials: list[Trial], finished: Callable[[], Sequence[FrozenTrial]], state: str, reason: str
+    ) -> int:
         """Log and draw how the sweep has ended; the number of points that are not delivered yet."""
         self._records += 1
         self._log(trials, self._records)
         if self._drawing is not None:
             self._drawing.join()
-        self._draw(trials, importance).join()
+        self._draw(trials, finished()).join()
         return self.run.finish(state, reason)
 
     def _log(self, trials: list[Trial], step: int) -> None:
@@ -118,16 +129,21 @@ class Parent:
         self.run.log(values, step)
         self.run.set_tags(tags)
 
-    def _draw(self, trials: list[Trial], importance: Mapping[str, float]) -> threading.Thread:
-        self._drawing = threading.Thread(target=self._make_pictures, args=(trials, importance), daemon=True)
+    def _draw(self, trials: list[Trial], finished: Sequence[FrozenTrial]) -> threading.Thread:
+        sweep = drawing.Sweep(trials, finished, self._plan.metric, self._plan.mode)
+        self._drawing = threading.Thread(target=self._make_pictures, args=(sweep,), daemon=True)
         self._drawing.start()
         return self._drawing
 
-    def _make_pictures(self, trials: list[Trial], importance: Mapping[str, float]) -> None:
-        from tracked.sweep_plots import draw  # matplotlib takes most of a second to import
-
+    def _make_pictures(self, sweep: drawing.Sweep) -> None:
         began = time.monotonic()
-        pictures = draw(trials, metric=self._plan.metric, mode=self._plan.mode, importance=importance)
+        try:
+            pictures = drawing.drawn(sweep)
+        except (OSError, CalledProcessError) as error:
+            told = error.stderr.decode(errors="replace") if isinstance(error, CalledProcessError) else ""
+            *_, why = (told or str(error)).strip().splitlines()
+            self._say(f"the sweep's pictures could not be drawn: {why}")
+            pictures = {}
         for name, image in pictures.items():
             self.run.log_bytes(image, name)
         self._draws_again = time.monotonic() + _DRAWING_REST * (time.monotonic() - began)

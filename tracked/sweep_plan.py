@@ -42,6 +42,8 @@ class Request:
         max_epochs: To train in all.
         max_retries: How often a trial goes on whose process has died.
         extend: Train the so many best trials further, to so many epochs.
+        waits: Whether successive halving stops the first that come to it, as they may go on; None for what the
+            budgets of this request leave room for.
     """
 
     place: Place
@@ -57,6 +59,7 @@ class Request:
     pruner: str = "median"
     pruner_options: list[str] = field(default_factory=list)
     promote: bool = True
+    waits: bool | None = None
     trials: int | None = None
     workers: int = 1
     seconds: float | None = None
@@ -119,12 +122,14 @@ class Plan:
             return experiment.suggest(trial)
 
         # Out of time, or of epochs, nothing goes on that was stopped: then it has to be worth it when it is stopped.
-        promotes = request.promote and request.seconds is None and request.max_epochs is None
+        waits = request.waits
+        if waits is None:
+            waits = request.promote and request.seconds is None and request.max_epochs is None
         # Where the loop is the user's own, only its steps are counted alike.
         by_epochs = experiment.build is not None and not metric.startswith("train/")
         unit = Interval.parse(Settings(**settings).eval_every).unit if by_epochs else "step"
         length = settings.get("epochs" if unit == "epoch" else "max_steps")
-        pruner = search.make_pruner(request.pruner, request.pruner_options, length=length, promotes=promotes)
+        pruner = search.make_pruner(request.pruner, request.pruner_options, length=length, waits=waits)
 
         def promotable(rows: list[Any], turn: search.Turn) -> list[int]:
             direction: search.Direction = "minimize" if mode == "min" else "maximize"
@@ -165,6 +170,7 @@ class Plan:
             "pruner": request.pruner,
             "pruner_options": request.pruner_options,
             "promote": request.promote,
+            "waits": waits,
             "trials": request.trials or (None if request.sampler == "grid" else _TRIALS),
         }
         if request.extend is not None and settings.get("epochs") is None:
@@ -193,6 +199,8 @@ class Plan:
         names = [Path(record["file"]["path"]).name for record in (recorded, self.record)]
         if names[0] != names[1]:
             wrong.append(f"its experiment was {names[0]}, and is {names[1]}")
+        if self.record["pruner"] == "sha" and recorded["promote"] != self.record["promote"]:
+            wrong.append(f"promote was {recorded['promote']!r}, and is {self.record['promote']!r}")
         alike = ["monitor", "mode", "seed", "eval_every"]
         if self.record["pruner"] == "hyperband":
             alike += ["epochs", "max_steps"]  # by which its brackets are laid out
