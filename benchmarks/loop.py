@@ -144,7 +144,12 @@ def thin_loop(model: str, steps: int, address: str | None, spool: Path) -> float
 
 
 def lightning(model: str, steps: int, address: str | None) -> float:
-    return lightning_epoch(*built(model), samples(model, steps), address, logs=address is not None)[0]
+    if address is None:
+        return lightning_epoch(*built(model), samples(model, steps), None, logs=False)
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    logger = MLFlowLogger(experiment_name="bench", tracking_uri=address)
+    return lightning_epoch(*built(model), samples(model, steps), logger)
 
 
 def accelerated(model: str, steps: int, address: str | None) -> float:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ from benchmarks.measure import (
     report,
 )
 from experiments.mnist import SimpleNet
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers.logger import Logger as LightningLogger
 
 STEPS = 938
 WARM_UP_STEPS = 20
@@ -176,21 +179,20 @@ def lightning_epoch(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     data: TensorDataset,
-    address: str | None,
+    logger: LightningLogger | None,
     *,
     logs: bool = True,
-) -> tuple[float, str | None]:
-    """Seconds that Lightning trains for one epoch, and the run's ID.
+) -> float:
+    """Seconds that Lightning trains for one epoch.
 
     Args:
         net: Of `data`'s shapes.
         optimizer: Of its parameters.
         data: Inputs and labels.
-        address: Where its logger goes; none without one.
+        logger: Gets each step's loss, if there is one.
         logs: Whether the module hands each step's loss to Lightning.
     """
     import lightning.pytorch as pl
-    from lightning.pytorch.loggers import MLFlowLogger
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -217,7 +219,6 @@ def lightning_epoch(
             self.end = time.perf_counter()
 
     clock = Clock()
-    logger = None if address is None else MLFlowLogger(experiment_name="bench", tracking_uri=address)
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -230,21 +231,38 @@ def lightning_epoch(
         enable_model_summary=False,
     )
     trainer.fit(Module(), DataLoader(data, batch_size=BATCH, shuffle=True))
-    return clock.end - clock.start, logger.run_id if logger else None
+    return clock.end - clock.start
 
 
 def lightning(steps: int, address: str) -> Timing:
+    from lightning.pytorch.loggers import MLFlowLogger
     from mlflow import MlflowClient
 
-    seconds, run_id = lightning_epoch(*built(), samples(steps), address)
-    assert run_id is not None
-    MlflowClient(address).get_run(run_id)  # the plugin has delivered by then
-    check_delivered(served(address), run_id, "train/loss", steps)
+    logger = MLFlowLogger(experiment_name="bench", tracking_uri=address)
+    seconds = lightning_epoch(*built(), samples(steps), logger)
+    assert logger.run_id is not None
+    MlflowClient(address).get_run(logger.run_id)  # the plugin has delivered by then
+    check_delivered(served(address), logger.run_id, "train/loss", steps)
     return Timing(seconds, seconds)
 
 
 def lightning_alone(steps: int) -> Timing:
-    seconds, _ = lightning_epoch(*built(), samples(steps), None)
+    seconds = lightning_epoch(*built(), samples(steps), None)
+    return Timing(seconds, seconds)
+
+
+def lightning_idle(steps: int) -> Timing:
+    """What Lightning itself pays to hand a loss to a logger, whatever that does with it."""
+    from lightning.pytorch.loggers.logger import Logger
+
+    class Idle(Logger):
+        name, version = "idle", "0"
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+        def log_hyperparams(self, *_: object, **__: object) -> None: ...
+
+    seconds = lightning_epoch(*built(), samples(steps), Idle())
     return Timing(seconds, seconds)
 
 
@@ -341,6 +359,7 @@ def measure(repeat: int, repeat_others: int, workers: int, only: Sequence[str] =
             "hugging-face": apart(hugging_face, address),
             "plugin": apart(mlflow_by_hand, f"tracked+{address}", True),
             "lightning-alone": apart(lightning_alone),
+            "lightning-idle": apart(lightning_idle),
             "lightning-plugin": apart(lightning, f"tracked+{address}"),
             "hugging-face-alone": apart(hugging_face, None),
             "hugging-face-plugin": apart(hugging_face, f"tracked+{address}"),
@@ -366,6 +385,7 @@ TITLES = {
     "hugging-face": "Hugging Face `Trainer` + its MLflow callback",
     "plugin": "hand-written + `mlflow.log_metric` to `tracked+http://`",
     "lightning-alone": "Lightning without a logger",
+    "lightning-idle": "Lightning + a logger that does nothing",
     "lightning-plugin": "Lightning + `MLFlowLogger` to `tracked+http://`",
     "hugging-face-alone": "Hugging Face `Trainer`, reporting to nobody",
     "hugging-face-plugin": "Hugging Face `Trainer` + its MLflow callback to `tracked+http://`",
@@ -375,7 +395,8 @@ Limits = dict[str, float | None]  # by the name of the row to compare with
 LOOP: dict[str, Limits] = {
     "tracked": {"bare": 1.02, "hand-written": 1.00},
     "plugin": {"hand-written": 1.3},
-    "lightning-plugin": {"lightning-alone": 1.15},
+    "lightning-idle": {"lightning-alone": None},
+    "lightning-plugin": {"lightning-alone": 1.15, "lightning-idle": None},
     "hugging-face-plugin": {"hugging-face-alone": 1.15},
 }
 LONGEST_CALL = 50.0  # µs

@@ -6,13 +6,15 @@ import math
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, create_trial
 
-from tracked.drawing import Sweep, drawn, importances
+from tracked.drawing import Drawing, Sweep, importances
 from tracked.trials import Trial
 
 SPACE: dict[str, BaseDistribution] = {
@@ -58,8 +60,8 @@ def test_too_few_trials_say_nothing_of_importance() -> None:
 def test_a_process_draws_all_pictures_and_the_one_that_asks_imports_no_matplotlib() -> None:
     script = """
 import pickle, sys
-from tracked.drawing import drawn
-pictures = drawn(pickle.load(sys.stdin.buffer))
+from tracked.drawing import Drawing
+pictures = Drawing(pickle.load(sys.stdin.buffer)).pictures()
 print(*sorted(pictures), all(image.startswith(b"\\x89PNG") for image in pictures.values()))
 print("matplotlib" in sys.modules, "sklearn" in sys.modules)
 """
@@ -75,6 +77,26 @@ def test_what_stands_in_the_way_of_drawing_is_told() -> None:
     broken = Sweep([None], [], "val/loss", "min")  # type: ignore[list-item]
 
     with pytest.raises(subprocess.CalledProcessError) as told:
-        drawn(broken)
+        Drawing(broken).pictures()
 
     assert b"Traceback" in told.value.stderr
+
+
+def test_who_cannot_wait_gets_no_pictures_and_leaves_no_process() -> None:
+    before = psutil.Process().children()
+    late, ended = Drawing(sweep(8)), Drawing(sweep(8))
+    ended.end()
+
+    with pytest.raises(subprocess.TimeoutExpired):
+        late.pictures(0.01)
+    assert ended.pictures() == {}
+    assert psutil.Process().children() == before
+
+
+def test_what_a_library_prints_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('welcome')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    pictures = Drawing(sweep(8)).pictures()
+
+    assert len(pictures) == 5

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -108,7 +109,7 @@ class Delivery:
         self._ended = False
         self._sent_points = time.monotonic()
         self._lease_until = 0.0
-        self._beaten = time.monotonic()
+        self._beaten = -math.inf
         self._about_lock = threading.Lock()
         self._is_closed = False
         self._open_lock = threading.Lock()
@@ -160,7 +161,8 @@ class Delivery:
                 self.server.set_status(view.run_id, "RUNNING")
                 tags = self._start["tags"]
                 described = description.renewed(view, self._experiment, tags)
-                self.server.set_tags(view.run_id, {**tags, **described})
+                # Whoever watches a run that stands still hears of its sender before anything is sent.
+                self.server.set_tags(view.run_id, {**tags, **described, **_heartbeat()})
                 self._drop_tags(view, STOP_REASON)
         else:
             tried = self.run.about.get("creating", False) or self._start.get("may_exist", False)
@@ -181,6 +183,7 @@ class Delivery:
                 self.server.set_tags(view.run_id, description.renewed(view, self._experiment, {}))
             if not tried:
                 self._on_server = set()
+                self._beaten = time.monotonic()  # nobody watches a run that is as new as that
             reach("sender.run-created")
         self.view = view  # only now: what failed on the way is done again
         self.tell(
@@ -253,7 +256,7 @@ class Delivery:
             return
         self._beaten = time.monotonic()
         self.tell(command=self.view.tags.get(COMMAND, ""))
-        self.server.set_tags(self.view.run_id, {HEARTBEAT: str(int(time.time() * 1000))})
+        self.server.set_tags(self.view.run_id, _heartbeat())
 
     # -- the points lane
 
@@ -293,9 +296,12 @@ class Delivery:
         if end == self.reader.cursor("points"):
             return False
         if batch or any(facts.values()):
+            points = [point for body in batch for point in unpack(body)]
+            if not self.is_open():
+                return False  # the machine may have slept while all of this was read
             # What a slow server could not store in time, it could never, if as much came again.
             self._points_at_once = max(1, count // 2)
-            self._send([point for body in batch for point in unpack(body)], **facts)
+            self._send(points, **facts)
             self._points_at_once = POINTS_IN_A_REQUEST
             self._sent_points = time.monotonic()
             reach("sender.before-acknowledge")
@@ -586,6 +592,10 @@ class Delivery:
         unsent = next(self.reader.records("points"), None)
         unseen = next(self.reader.records("files", self._files_seen), None)
         return unsent is None and unseen is None and not self._pictures
+
+
+def _heartbeat() -> dict[str, str]:
+    return {HEARTBEAT: str(int(time.time() * 1000))}
 
 
 def _boot_seconds() -> float:

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,28 +44,54 @@ class Sweep:
     mode: Mode
 
 
-def drawn(sweep: Sweep) -> dict[str, bytes]:
-    """Every picture that has something to show, as name -> PNG file, drawn by a process of its own.
+class Drawing:
+    """A process that draws every picture of a sweep that has something to show.
+
+    Args:
+        sweep: What there is to draw.
+        gives_way: Whether trainings go first.
 
     Raises:
         OSError: The process cannot be started.
-        subprocess.CalledProcessError: It failed; `stderr` says why.
     """
-    package = str(Path(__file__).parent.parent)
-    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    process = children.start(
-        _COMMAND,
-        env={**os.environ, "PYTHONPATH": paths},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # a terminal's Ctrl-C pauses the sweep, and its pictures are drawn once more
-    )
-    pictures, complaint = process.communicate(pickle.dumps(sweep))
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, _COMMAND, stderr=complaint)
-    found: dict[str, bytes] = pickle.loads(pictures)  # noqa: S301 - by the process started here
-    return found
+
+    def __init__(self, sweep: Sweep, *, gives_way: bool = False) -> None:
+        self._sweep = sweep
+        self._is_ended = False
+        self._folder = tempfile.TemporaryDirectory(prefix="tracked-", ignore_cleanup_errors=True)
+        package = str(Path(__file__).parent.parent)
+        paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        self._process = children.start(
+            [*_COMMAND, self._folder.name, "gives way" if gives_way else ""],
+            env={**os.environ, "PYTHONPATH": paths},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a terminal's Ctrl-C pauses the sweep, which draws once more
+        )
+
+    def pictures(self, timeout: float | None = None) -> dict[str, bytes]:
+        """Wait for them, for `timeout` seconds at most: name -> PNG file; none if it was ended.
+
+        Raises:
+            subprocess.TimeoutExpired: The process took longer, and is no more.
+            subprocess.CalledProcessError: It failed; `stderr` says why.
+        """
+        with self._folder as folder, self._process as process:
+            try:
+                _, complaint = process.communicate(pickle.dumps(self._sweep), timeout)
+            finally:
+                process.kill()
+            if self._is_ended:
+                return {}
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, _COMMAND, stderr=complaint)
+            return {f"plots/{path.name}": path.read_bytes() for path in sorted(Path(folder).glob("*.png"))}
+
+    def end(self) -> None:
+        """Have it draw nothing any more."""
+        self._is_ended = True
+        self._process.kill()
 
 
 def importances(sweep: Sweep) -> dict[str, float]:
@@ -86,11 +113,12 @@ def importances(sweep: Sweep) -> dict[str, float]:
 
 
 def main() -> None:
-    children.give_way()
-    answer, sys.stdout = sys.stdout.buffer, sys.stderr  # whatever a library prints is no picture
+    folder, gives_way = sys.argv[1:]
+    if gives_way:
+        children.give_way()
     sweep: Sweep = pickle.load(sys.stdin.buffer)  # noqa: S301 - by the process that started this one
     from tracked.sweep_plots import draw
 
     pictures = draw(sweep.trials, metric=sweep.metric, mode=sweep.mode, importance=importances(sweep))
-    answer.write(pickle.dumps(pictures))
-    answer.flush()
+    for name, image in pictures.items():
+        (Path(folder) / Path(name).name).write_bytes(image)

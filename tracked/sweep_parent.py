@@ -10,8 +10,9 @@ from pathlib import Path
 from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Any
 
-from tracked import drawing, ranking
+from tracked import ranking
 from tracked.attempts import Say, begin, begin_or_take_over
+from tracked.drawing import Drawing, Sweep
 from tracked.names import BEST, BEST_RUN, SWEEP, TRIALS
 from tracked.schedule import Settings
 from tracked.sweep_plan import Plan, Request
@@ -21,10 +22,12 @@ from tracked.trials import Trial
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-_FIRST_PICTURES = 20.0
+_FIRST_PICTURES = 60.0
 """Seconds before which none are drawn: a sweep that is over by then has those of its end."""
 _DRAWING_REST = 20.0
 """For so many times as long as its pictures took, no more are drawn: they are made beside the trainings."""
+_LONGEST_LAST_DRAWING = 30.0
+"""Seconds after which a sweep ends without its last pictures: whoever has asked it to leave may not wait longer."""
 
 
 class Parent:
@@ -48,7 +51,8 @@ class Parent:
         self._plan = plan
         self._say = say
         self._draws_again = time.monotonic() + _FIRST_PICTURES
-        self._drawing: threading.Thread | None = None
+        self._drawing: Drawing | None = None
+        self._drawer = threading.Thread()
         shown = {
             "sweep.sampler": " ".join([request.sampler, *request.sampler_options]),
             "sweep.pruner": " ".join([request.pruner, *request.pruner_options]),
@@ -96,8 +100,7 @@ class Parent:
             return
         self._records += 1
         self._log(trials, self._records)
-        is_drawing = self._drawing is not None and self._drawing.is_alive()
-        if time.monotonic() > self._draws_again and not is_drawing:
+        if time.monotonic() > self._draws_again and not self._drawer.is_alive():
             self._draw(trials, finished())
 
     def finish(
@@ -106,9 +109,12 @@ class Parent:
         """Log and draw how the sweep has ended; the number of points that are not delivered yet."""
         self._records += 1
         self._log(trials, self._records)
-        if self._drawing is not None:
-            self._drawing.join()
-        self._draw(trials, finished()).join()
+        if self._drawing is not None and self._drawer.is_alive():
+            self._drawing.end()
+            self._drawer.join()
+        self._draw(trials, finished(), within=_LONGEST_LAST_DRAWING)
+        if self._drawer.is_alive():
+            self._drawer.join()
         return self.run.finish(state, reason)
 
     def _log(self, trials: list[Trial], step: int) -> None:
@@ -129,21 +135,32 @@ class Parent:
         self.run.log(values, step)
         self.run.set_tags(tags)
 
-    def _draw(self, trials: list[Trial], finished: Sequence[FrozenTrial]) -> threading.Thread:
-        sweep = drawing.Sweep(trials, finished, self._plan.metric, self._plan.mode)
-        self._drawing = threading.Thread(target=self._make_pictures, args=(sweep,), daemon=True)
-        self._drawing.start()
-        return self._drawing
+    def _draw(
+        self, trials: list[Trial], finished: Sequence[FrozenTrial], within: float | None = None
+    ) -> None:
+        sweep = Sweep(trials, finished, self._plan.metric, self._plan.mode)
+        try:
+            # Only at the end of the sweep nothing trains beside it.
+            self._drawing = Drawing(sweep, gives_way=within is None)
+        except OSError as error:
+            self._say_undrawn(error)
+            self._draws_again = time.monotonic() + _FIRST_PICTURES
+            return
+        self._drawer = threading.Thread(target=self._take, args=(self._drawing, within), daemon=True)
+        self._drawer.start()
 
-    def _make_pictures(self, sweep: drawing.Sweep) -> None:
+    def _take(self, drawing: Drawing, within: float | None) -> None:
+        """Log the pictures as soon as they are drawn."""
         began = time.monotonic()
         try:
-            pictures = drawing.drawn(sweep)
-        except (OSError, CalledProcessError) as error:
-            told = error.stderr.decode(errors="replace") if isinstance(error, CalledProcessError) else ""
-            *_, why = (told or str(error)).strip().splitlines()
-            self._say(f"the sweep's pictures could not be drawn: {why}")
-            pictures = {}
-        for name, image in pictures.items():
-            self.run.log_bytes(image, name)
-        self._draws_again = time.monotonic() + _DRAWING_REST * (time.monotonic() - began)
+            for name, image in drawing.pictures(within).items():
+                self.run.log_bytes(image, name)
+        except Exception as error:  # noqa: BLE001 - no sweep ends because of its pictures
+            self._say_undrawn(error)
+        finally:
+            self._draws_again = time.monotonic() + _DRAWING_REST * (time.monotonic() - began)
+
+    def _say_undrawn(self, error: Exception) -> None:
+        told = error.stderr.decode(errors="replace") if isinstance(error, CalledProcessError) else ""
+        *_, why = (told.strip() or str(error) or repr(error)).splitlines()
+        self._say(f"the sweep's pictures could not be drawn: {why}")

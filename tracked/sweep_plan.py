@@ -121,10 +121,11 @@ class Plan:
             assert experiment.suggest is not None
             return experiment.suggest(trial)
 
-        # Out of time, or of epochs, nothing goes on that was stopped: then it has to be worth it when it is stopped.
         waits = request.waits
         if waits is None:
-            waits = request.promote and request.seconds is None and request.max_epochs is None
+            # Out of time, or of epochs, nothing goes on: a study that begins with such a budget stops nothing early.
+            has_time = request.seconds is None and request.max_epochs is None
+            waits = request.pruner == "sha" and request.promote and has_time
         # Where the loop is the user's own, only its steps are counted alike.
         by_epochs = experiment.build is not None and not metric.startswith("train/")
         unit = Interval.parse(Settings(**settings).eval_every).unit if by_epochs else "step"
