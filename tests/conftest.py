@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -44,6 +44,12 @@ _shared: set[psutil.Process] = set()
 def note_shared() -> None:
     """What runs now is started for several tests."""
     _shared.update(_children())
+
+
+@pytest.fixture(scope="session")
+def outlives() -> Callable[[int], None]:
+    """Tells that a process which a test has started, such as a server of its module, ends after it."""
+    return lambda pid: _shared.add(psutil.Process(pid))
 
 
 @pytest.hookimpl(wrapper=True)

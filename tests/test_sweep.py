@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -546,6 +546,7 @@ class Stage:
     place: Workplace
     nursery: Nursery
     undisturbed: dict[int, tuple[dict[str, str], Curves]]
+    outlives: Callable[[int], None]
 
 
 @pytest.fixture(scope="module")
@@ -553,6 +554,7 @@ def stage(
     tmp_path_factory: pytest.TempPathFactory,
     nursery: Nursery,
     undisturbed: dict[int, tuple[dict[str, str], Curves]],
+    outlives: Callable[[int], None],
 ) -> Iterator[Stage]:
     path = tmp_path_factory.mktemp("stage")
     server = MlflowServer(path / "server")
@@ -560,7 +562,7 @@ def stage(
     place = Workplace(path, server.uri, {"TRACKED_WATCH": "3", "TRACKED_HEARTBEAT": "0.5"})
     place.experiment(EXPERIMENT)
     try:
-        yield Stage(server, place, nursery, undisturbed)
+        yield Stage(server, place, nursery, undisturbed, outlives)
     finally:
         place.close()
         server.kill()
@@ -602,7 +604,7 @@ def disturb(stage: Stage, seed: int, victim: str, kills: int = 2) -> None:
         elif victim == "server":
             stage.server.kill()
             pause.wait(chance.uniform(0.0, 1.0))
-            stage.server.start()
+            stage.outlives(stage.server.start().group)  # of its first process
         if trainer.returncode is not None:
             trainer = stage.nursery.start(place, *line)
     assert trainer.wait(150).returncode == 0, trainer.errors
