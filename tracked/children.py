@@ -35,6 +35,13 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, **options)
 
 
+def environment() -> dict[str, str]:
+    """This process's, in which another finds this package too, wherever it was imported from."""
+    package = str(Path(__file__).parent.parent)
+    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": paths}
+
+
 def give_way() -> None:
     """Let trainings go first, as far as the system allows: called by a process started here."""
     level = max(NICENESS, os.nice(0))  # only the privileged may go back up

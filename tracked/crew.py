@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
 
 import torch
 
@@ -126,12 +125,10 @@ class Crew:
 
     def _start(self, number: int) -> Hand:
         ours, theirs = Pipe()
-        environment = dict(os.environ)
+        environment = children.environment()
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._count)))
         if devices := _devices():
             environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-        package = str(Path(__file__).parent.parent)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         process = children.start(
             [*COMMAND, str(theirs.fileno())],
             env=environment,

@@ -5,7 +5,6 @@ What it imports for them takes seconds, during which no other thread of its proc
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -59,11 +58,9 @@ class Drawing:
         self._sweep = sweep
         self._is_ended = False
         self._folder = tempfile.TemporaryDirectory(prefix="tracked-", ignore_cleanup_errors=True)
-        package = str(Path(__file__).parent.parent)
-        paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._process = children.start(
             [*_COMMAND, self._folder.name, "gives way" if gives_way else ""],
-            env={**os.environ, "PYTHONPATH": paths},
+            env=children.environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -54,13 +54,8 @@ def ensure(outbox: Outbox, tracking_uri: str) -> None:
     started = _started.get(outbox.path)
     if started is not None and started.poll() is None:
         return  # on its way to the lock; who waits asks twenty times a second
-    package = str(Path(__file__).parent.parent)
-    environment = {
-        **os.environ,
-        # The address may hold a password, which must not show in the list of processes.
-        "TRACKED_SENDER_URI": tracking_uri,
-        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-    }
+    # The address may hold a password, which must not show in the list of processes.
+    environment = {**children.environment(), "TRACKED_SENDER_URI": tracking_uri}
     with (outbox.path / "sender.log").open("ab") as log:
         _started[outbox.path] = children.start(
             [sys.executable, "-m", "tracked.sender", str(outbox.path)],

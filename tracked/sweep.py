@@ -285,7 +285,7 @@ class _Coordinator:
             self._open_parent()  # whoever had it may be gone
         if self._parent is not None:
             reason = self._leave or self._why_no_more()
-            undelivered += self._parent.finish(self._trials(), self._study.finished, state, reason)
+            undelivered += self._parent.finish(self._trials(), self._study.finished(), state, reason)
         return Outcome(
             state,
             self._parent_id,

@@ -101,20 +101,22 @@ class Parent:
         self._records += 1
         self._log(trials, self._records)
         if time.monotonic() > self._draws_again and not self._drawer.is_alive():
-            self._draw(trials, finished())
+            self._drawing = self._begin_drawing(trials, finished(), gives_way=True)
+            if self._drawing is not None:
+                self._drawer = threading.Thread(target=self._take, args=(self._drawing,), daemon=True)
+                self._drawer.start()
 
-    def finish(
-        self, trials: list[Trial], finished: Callable[[], Sequence[FrozenTrial]], state: str, reason: str
-    ) -> int:
+    def finish(self, trials: list[Trial], finished: Sequence[FrozenTrial], state: str, reason: str) -> int:
         """Log and draw how the sweep has ended; the number of points that are not delivered yet."""
         self._records += 1
         self._log(trials, self._records)
         if self._drawing is not None and self._drawer.is_alive():
             self._drawing.end()
             self._drawer.join()
-        self._draw(trials, finished(), within=_LONGEST_LAST_DRAWING)
-        if self._drawer.is_alive():
-            self._drawer.join()
+        # Nothing trains beside the last one.
+        last = self._begin_drawing(trials, finished, gives_way=False)
+        if last is not None:
+            self._take(last, timeout=_LONGEST_LAST_DRAWING)
         return self.run.finish(state, reason)
 
     def _log(self, trials: list[Trial], step: int) -> None:
@@ -135,25 +137,22 @@ class Parent:
         self.run.log(values, step)
         self.run.set_tags(tags)
 
-    def _draw(
-        self, trials: list[Trial], finished: Sequence[FrozenTrial], within: float | None = None
-    ) -> None:
-        sweep = Sweep(trials, finished, self._plan.metric, self._plan.mode)
+    def _begin_drawing(
+        self, trials: list[Trial], finished: Sequence[FrozenTrial], *, gives_way: bool
+    ) -> Drawing | None:
         try:
-            # Only at the end of the sweep nothing trains beside it.
-            self._drawing = Drawing(sweep, gives_way=within is None)
+            sweep = Sweep(trials, finished, self._plan.metric, self._plan.mode)
+            return Drawing(sweep, gives_way=gives_way)
         except OSError as error:
             self._say_undrawn(error)
             self._draws_again = time.monotonic() + _FIRST_PICTURES
-            return
-        self._drawer = threading.Thread(target=self._take, args=(self._drawing, within), daemon=True)
-        self._drawer.start()
+            return None
 
-    def _take(self, drawing: Drawing, within: float | None) -> None:
+    def _take(self, drawing: Drawing, timeout: float | None = None) -> None:
         """Log the pictures as soon as they are drawn."""
         began = time.monotonic()
         try:
-            for name, image in drawing.pictures(within).items():
+            for name, image in drawing.pictures(timeout).items():
                 self.run.log_bytes(image, name)
         except Exception as error:  # noqa: BLE001 - no sweep ends because of its pictures
             self._say_undrawn(error)
