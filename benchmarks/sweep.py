@@ -1,17 +1,16 @@
 """What a sweep costs beside its trainings, what pruning saves, and what promotion is worth.
 
-The task is real: `experiments/digits.py`, on a real server. "Cost of a trial" is what a sweep takes for some
-trials more, less what the same trainings take bare; so what is paid once cancels out. The trials are short for it, 2
-epochs of a small network: what a trial costs shows best beside little else. Two workers are compared with one by
-trials of 20 epochs of the file's own network, delivery included: the server, which has the same two cores, takes its
-share whoever trains. Savings are of studies that differ in their pruner alone: a random sampler suggests the same
-trials to all of them.
+The task is real: `experiments/digits.py`, on a real server. What a trial costs is measured where it shows best: in
+trials of 2 epochs of a small network, each between two trainings of the same by hand (benchmarks/digits_by_hand.py).
+Two workers are compared with one by trials of 20 epochs of the file's own network, delivery included: the server,
+which has the same two cores, takes its share whoever trains. What is paid once a sweep cancels out, because a sweep of
+some trials is taken from one of more. Savings are of studies that differ in their pruner alone: a random sampler
+suggests the same trials to all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import statistics
@@ -19,125 +18,91 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mlflow import MlflowClient
 
-from benchmarks.measure import Comparison, Row, in_turn, mlflow_server, report
+from benchmarks.digits_by_hand import EPOCHS
+from benchmarks.measure import Comparison, Row, in_turn, median_ratio, mlflow_server, report
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "experiments/digits.py"
+BY_HAND = ROOT / "benchmarks/digits_by_hand.py"
 SPACE = ("lr=log(1e-4,1e-1)", "hidden=choice(4,8,16)", "dropout=uniform(0,0.5)")
-MORE, FEW = 24, 4  # trials of 2 epochs
+RANDOM = ("lr=log(1e-3,1e-1)", "--sampler", "random", "--pruner", "none")
+WARM_UP, TRIALS = 4, 40  # trials of 2 epochs
 LONG_MORE, LONG_FEW = 8, 4  # trials of 20 epochs
 COST_LIMIT = 0.05  # seconds a trial
 SPEED_UP_LIMIT = 1 / 1.7
 SAVED_LIMIT = 0.5
 
-BARE = """
-import sys, time
-from tracked import experiment
-from tracked.seeding import derive, seed_generators
-import torch
-digits = experiment.load(sys.argv[1])
-def train(**params):
-    seed_generators(derive(0, "build"))
-    task = digits.task(digits.params_class(**params))
-    loader = torch.utils.data.DataLoader(task.train_data, batch_size=task.batch_size, shuffle=True)
-    val = torch.utils.data.DataLoader(task.val_data, batch_size=task.batch_size)
-    for epoch in range(int(sys.argv[2])):
-        task.model.train()
-        for x, y in loader:
-            task.optimizer.zero_grad()
-            task.loss(task.model(x), y).backward()
-            task.optimizer.step()
-        task.model.eval()
-        with torch.no_grad():
-            for x, y in val:
-                outputs = task.model(x)
-                task.loss(outputs, y).item(), task.metrics["accuracy"](outputs, y).item()
-        task.scheduler.step()
-train(hidden=4)
-start = time.perf_counter()
-for number in range(int(sys.argv[3])):
-    train(hidden=4)
-print((time.perf_counter() - start) / int(sys.argv[3]))
-"""
-
 
 def sweep(
-    address: str, *words: str, trials: int, epochs: int, workers: int = 1
+    address: str,
+    *words: str,
+    trials: int,
+    epochs: int,
+    workers: int = 1,
+    file: Path = DIGITS,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[float, dict[str, Any]]:
     """Seconds, and the last line, of a sweep of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *(sys.executable, "-m", "tracked.run", "sweep", str(DIGITS), *words),
+            *(sys.executable, "-m", "tracked.run", "sweep", str(file), *words),
             *("--trials", str(trials), "--epochs", str(epochs), "--workers", str(workers), "--json"),
             *("--tracking-uri", address),
         ]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
         start = time.perf_counter()
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - start
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
     return seconds, json.loads(done.stdout.splitlines()[-1])
 
 
-def bare(epochs: int, trials: int) -> float:
-    """Seconds of one training by hand, the second of its process and those after it."""
-    done = subprocess.run(
-        [sys.executable, "-c", BARE, str(DIGITS), str(epochs), str(trials)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(done.stdout)
+def cost(address: str) -> tuple[float, float]:
+    """Seconds of a training of 2 epochs by hand, and of what a trial takes beside it: means over a sweep."""
+    with tempfile.NamedTemporaryFile("r") as times:
+        environment = {"TIMES": times.name}
+        words = (*RANDOM, "hidden=4")
+        sweep(address, *words, trials=TRIALS, epochs=EPOCHS, file=BY_HAND, environment=environment)
+        began, ended = zip(*([float(word) for word in line.split()] for line in times), strict=True)
+    by_hand = [end - begin for begin, end in zip(began, ended, strict=True)][WARM_UP:]
+    # The trial between the two trainings that it is compared with.
+    trial = [begin - end for begin, end in zip(began[WARM_UP + 1 :], ended[WARM_UP:], strict=False)]
+    beside = [ours - (one + other) / 2 for ours, (one, other) in zip(trial, pairwise(by_hand), strict=True)]
+    return statistics.mean(by_hand), statistics.mean(beside)
+
+
+def one_and_two(address: str) -> tuple[float, float]:
+    """Seconds of a trial of 20 epochs by one worker and by two, the sweeps of the one around those of the other."""
+    seconds: dict[tuple[int, int], float] = {}
+    few, more = LONG_FEW, LONG_FEW + LONG_MORE
+    for workers, trials in ((1, few), (2, few), (2, more), (1, more)):
+        seconds[workers, trials], _ = sweep(address, *RANDOM, trials=trials, epochs=20, workers=workers)
+    one, two = ((seconds[workers, more] - seconds[workers, few]) / LONG_MORE for workers in (1, 2))
+    return one, two
 
 
 def costs(address: str, repeat: int) -> list[Row]:
-    """A trial's seconds by one worker and by two, beside the bare training."""
-    words = ("lr=log(1e-3,1e-1)", "--sampler", "random", "--pruner", "none")
-    kinds: dict[str, tuple[int, int, int, int, tuple[str, ...]]] = {
-        # workers, epochs, trials of the shorter sweep, and how many more the longer one has
-        "short": (1, 2, FEW, MORE, ("hidden=4",)),
-        "one": (1, 20, LONG_FEW, LONG_MORE, ()),
-        "two": (2, 20, LONG_FEW, LONG_MORE, ()),
-    }
-
-    def seconds(kind: str, *, longer: bool) -> float:
-        workers, epochs, few, more, fixed = kinds[kind]
-        trials = few + more if longer else few
-        return sweep(address, *words, *fixed, trials=trials, epochs=epochs, workers=workers)[0]
-
-    variants: dict[str, Callable[[], float]] = {"bare": lambda: bare(2, MORE)}
-    for kind in kinds:
-        variants[f"{kind}: few"] = functools.partial(seconds, kind, longer=False)
-        variants[f"{kind}: more"] = functools.partial(seconds, kind, longer=True)
+    """What a trial takes beside its training, and two workers beside one; the figures are medians of rounds."""
+    variants = {"cost": lambda: cost(address), "workers": lambda: one_and_two(address)}
     found = in_turn(variants, dict.fromkeys(variants, repeat))
-    # Each sweep's median first: one that fell into a slow minute would spoil a difference with another.
-    medians = {name: statistics.median(values) for name, values in found.items()}
-
-    def a_trial(kind: str) -> float:
-        return (medians[f"{kind}: more"] - medians[f"{kind}: few"]) / kinds[kind][3]
-
-    cost = a_trial("short") - medians["bare"]
-    speed_up = a_trial("two") / a_trial("one")
+    by_hand, beside = zip(*found["cost"], strict=True)
+    one, two = zip(*found["workers"], strict=True)
+    middle = Comparison("1 s", statistics.median(beside), COST_LIMIT)
+    speed_up = Comparison("one worker", median_ratio(two, one), SPEED_UP_LIMIT)
     return [
-        Row("a training of 2 epochs, by hand", found["bare"]),
-        Row("a trial of 2 epochs", [a_trial("short")]),
-        Row("… its cost beside the training", [cost], comparisons=[Comparison("1 s", cost, COST_LIMIT)]),
-        Row("a trial of 20 epochs, one worker", [a_trial("one")]),
-        Row(
-            "a trial of 20 epochs, two workers",
-            [a_trial("two")],
-            comparisons=[Comparison("one worker", speed_up, SPEED_UP_LIMIT)],
-        ),
+        Row("a training of 2 epochs, by hand", by_hand),
+        Row("what a trial of them takes beside it", beside, comparisons=[middle]),
+        Row("a trial of 20 epochs, one worker", one),
+        Row("a trial of 20 epochs, two workers", two, comparisons=[speed_up]),
     ]
 
 

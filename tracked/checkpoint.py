@@ -347,7 +347,7 @@ def check_loadable(state: Any) -> None:
     """
     buffer = io.BytesIO()
     _StatePickler(io.BytesIO()).dump(state)
-    torch.save(_emptied(state), buffer)
+    torch.save(_emptied(state, {}), buffer)
     buffer.seek(0)
     try:
         torch.load(buffer, weights_only=True)
@@ -358,13 +358,14 @@ def check_loadable(state: Any) -> None:
         ) from error
 
 
-def _emptied(value: Any) -> Any:
+def _emptied(value: Any, empty: dict[torch.dtype, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        return torch.empty(0, dtype=value.dtype)
+        # One of a kind: every storage is a file in what torch writes, and takes as long as a hundred numbers.
+        return empty.setdefault(value.dtype, torch.empty(0, dtype=value.dtype))
     if isinstance(value, Mapping):
-        return {key: _emptied(item) for key, item in value.items()}
+        return {key: _emptied(item, empty) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(_emptied(item) for item in value)
+        return type(value)(_emptied(item, empty) for item in value)
     return value
 
 

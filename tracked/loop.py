@@ -78,8 +78,7 @@ def fit(task: Task, run: Run) -> None:
     if isinstance(task.loss, torch.nn.Module):
         task.loss.to(device)
     _check_compiled(task.model, run)
-    run.attach(**_parts(task))
-    run.attach(scaler=scaler, running_loss=window_loss, **_stateful_metrics(task))
+    run.attach(**_parts(task), scaler=scaler, running_loss=window_loss, **_stateful_metrics(task))
     run.require_finite("train/loss")
     for data in _validation_sets(task).values():
         run.log_input(data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import math
 import re
@@ -193,6 +194,9 @@ def from_json(text: str) -> dict[str, Value]:
 # -- names -----------------------------------------------------------------------------------------
 
 
+_hints = functools.cache(typing.get_type_hints)  # compiles every annotation anew, and a sweep asks often
+
+
 def _fields(cls: object) -> list[tuple[dataclasses.Field[Any], Any]]:
     """The fields of a frozen dataclass that its constructor takes, each with its resolved annotation."""
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
@@ -208,7 +212,7 @@ def _fields(cls: object) -> list[tuple[dataclasses.Field[Any], Any]]:
             try_next="write @dataclass(frozen=True) above the class",
         )
     try:
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
     except (NameError, TypeError, SyntaxError) as error:
         raise ParamError(
             f"the annotations of {_class_name(cls)} cannot be read: {error}",

@@ -613,6 +613,8 @@ def _read_options(
                 expected=f"one of {', '.join(known)}" if known else "no options",
                 try_next=f"{near[0]}=…" if near else "",
             )
+    if not words:
+        return {}  # asked before each trial, and a class made for nothing
     parameters = inspect.signature(maker).parameters
     fields = [(option, _hint(parameters[option].annotation)) for option in known]
     try:

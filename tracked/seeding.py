@@ -61,7 +61,7 @@ def generator_states() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     states: dict[str, Any] = {
         # A tensor, because a checkpoint takes longer for 625 numbers than for one tensor of them.
-        "python": {"version": version, "internal": torch.tensor(internal), "gauss": gauss},
+        "python": {"version": version, "internal": torch.from_numpy(np.array(internal)), "gauss": gauss},
         "numpy": {
             "key": torch.from_numpy(key.astype(np.int64)),
             "pos": int(numpy_state["state"]["pos"]),
