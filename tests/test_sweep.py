@@ -489,7 +489,12 @@ def test_show_ranks_the_trials_and_verify_knows_a_parent(nursery: Nursery, workp
             ["quality=uniform(0,1)", "--storage", "postgresql+psycopg://nobody@127.0.0.1:9/x"],
             "cannot be used: connection failed",
         ),
-        (["quality=uniform(0,1)", "--monitor", "val/nothing"], "val/nothing"),
+        (
+            ["quality=uniform(0,1)", "--monitor", "val/nothing"],
+            "error: the monitored metric 'val/nothing' is never",
+        ),
+        (["quality=uniform(0,1)", "--monitor", "val/loss", "--monitor", "val/x"], "several objectives"),
+        (["quality=uniform(0,1)", "--monitor", "val/loss,val/x"], "--monitor val/loss\n"),
         (["quality=uniform(0,1)", "--top", "2"], "--extend-epochs"),
     ],
 )

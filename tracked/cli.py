@@ -110,6 +110,18 @@ _where = _options(
     ),
 )
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line of output.")
+
+
+def _one_metric(_ctx: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> str | None:
+    if len(given) > 1 or any("," in metric for metric in given):
+        raise UsageError(
+            f"{' and '.join(map(repr, given))} are to be monitored: several objectives",
+            expected="one metric: best, patience and pruning compare by it, and of several none is the best",
+            try_next=f"--monitor {given[0].partition(',')[0]}",
+        )
+    return given[0] if given else None
+
+
 _loop = _options(
     click.option("--epochs", type=int, metavar="N", help="Train so many epochs in all."),
     click.option(
@@ -129,7 +141,13 @@ _loop = _options(
     ),
     click.option("--keep-last", type=int, metavar="K", help="Newest checkpoints to keep (3)."),
     click.option("--keep-best", type=int, metavar="K", help="Best checkpoints to keep (1)."),
-    click.option("--monitor", metavar="METRIC", help="The metric that best and patience look at."),
+    click.option(
+        "--monitor",
+        multiple=True,
+        callback=_one_metric,
+        metavar="METRIC",
+        help="The metric that best, patience and pruning look at.",
+    ),
     click.option(
         "--mode", type=click.Choice(["min", "max"]), help="Whether a smaller or larger one is better."
     ),

@@ -565,8 +565,8 @@ class _Coordinator:
             self._parked.add(number)
         else:
             self._tell(number, STATES[over.state], over)
-        if over.is_usage and not any(trial.reports for trial in self._study.trials()):
-            raise UsageError(over.reason, expected="trials that can be trained", try_next="see above")
+        if over.usage is not None and not any(trial.reports for trial in self._study.trials()):
+            raise over.usage
 
     def _mark_failed(self, number: int, reason: str) -> None:
         """Have the run say that nobody goes on with it, once its own end has arrived: nothing lives that could."""

@@ -106,8 +106,8 @@ class Over:
     reason: str = ""
     epochs: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    is_usage: bool = False
-    """Whether it failed by how it was asked for, which would fail every trial."""
+    usage: UsageError | None = None
+    """What it failed by, where that is how it was asked for, which would fail every trial."""
     is_given_up: bool = False
     """Whether its process has died too often."""
 
@@ -192,7 +192,8 @@ class Worker:
             if run is None or not isinstance(error, SystemExit) or run.last_state != "finished":
                 reason = f"{type(error).__name__}: {error}"
                 epochs = 0 if run is None else run.epochs_done
-                return Over("failed", reason, epochs, is_usage=isinstance(error, UsageError))
+                usage = error if isinstance(error, UsageError) else None
+                return Over("failed", reason, epochs, usage=usage)
         finally:
             self._run = None
         state: Any = run.last_state
