@@ -153,7 +153,15 @@ def test_what_is_written_is_what_torch_save_writes(tmp_path: Path) -> None:
         "empty": torch.empty(0, 3),
         "scalar": torch.tensor(2.5),
         "dtypes": [
-            torch.ones(3, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.bool)
+            torch.ones(3).to(dtype)
+            for dtype in (
+                torch.bfloat16,
+                torch.float16,
+                torch.int8,
+                torch.bool,
+                torch.uint16,
+                torch.float8_e4m3fn,
+            )
         ],
         "complex": torch.ones(3, dtype=torch.complex64),
         "parameter": torch.nn.Parameter(torch.ones(2)),

@@ -44,7 +44,7 @@ _LOADABLE = (
     torch.device,
 )
 # Classes that a pickle of these refers to by name; any other class would be refused when it is loaded.
-_LOADABLE_CLASSES = (OrderedDict, Counter, set, bytearray)
+_LOADABLE_CLASSES = (OrderedDict, Counter, set, bytearray, torch.UntypedStorage)
 
 
 class _StatePickler(pickle.Pickler):
@@ -55,14 +55,17 @@ class _StatePickler(pickle.Pickler):
         self.storages: dict[int, tuple[str, torch.UntypedStorage]] = {}
 
     def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, torch.storage.TypedStorage):
+        if isinstance(obj, torch.storage.TypedStorage):
+            untyped = obj._untyped_storage  # noqa: SLF001 - the public way warns of deprecation
+            kind, size = getattr(torch, obj._pickle_storage_type()), obj._size()  # noqa: SLF001
+        elif isinstance(obj, torch.UntypedStorage):  # of the newer types: float8, unsigned
+            untyped, kind, size = obj, torch.UntypedStorage, obj.nbytes()
+        else:
             return None
-        untyped = obj._untyped_storage  # noqa: SLF001 - the public way warns of deprecation
         # Tied weights and views share a storage, which is written once.
         key, _ = self.storages.setdefault(untyped._cdata, (str(len(self.storages)), untyped))  # noqa: SLF001
-        kind = getattr(torch, obj._pickle_storage_type())  # noqa: SLF001
         # Numbers are stored as the CPU has them, so a state loads on any device.
-        return ("storage", kind, key, "cpu", obj._size())  # noqa: SLF001
+        return ("storage", kind, key, "cpu", size)
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, type):
