@@ -10,10 +10,13 @@ from typing import Any
 import optuna
 import pytest
 
+from tracked.names import BEST, STATE, TRIAL
 from tracked.search import make_pruner, make_sampler, promotable, suggest
+from tracked.server import RunView
 from tracked.space import Choice, Space
 from tracked.storage import StudyStorage, open_storage
 from tracked.study import Method, Study
+from tracked.trial_runs import glance
 from tracked.trials import Trial
 
 SPACE: Space = {"quality": Choice((0.1, 0.2, 0.3, 0.4))}
@@ -144,6 +147,9 @@ def test_epochs_are_counted_where_evaluations_come_by_steps_and_after_a_promotio
     study.report(by_steps, 200, 0.5, epochs=1)
     study.report(by_steps, 400, 0.5, epochs=2)
     assert by_number(study)[by_steps].epochs == 2
+    unheard, _ = begun(study)
+    study.fill(unheard, {200: 0.5, 400: 0.6}, epochs=2)
+    assert by_number(study)[unheard].epochs == 2
 
     number = finished(study, 0.9)
     study.promote(number, until=9)
@@ -158,10 +164,40 @@ def test_what_comes_after_the_end_of_a_trial_changes_nothing(opened: Callable[..
     before = by_number(study)[number]
 
     assert not study.report(number, 4, 0.1)
-    study.fill(number, 5, 0.1)
+    study.fill(number, {5: 0.1})
     assert study.count_retry(number) == 1
     study.tell(number, "failed")
     assert by_number(study)[number] == before
+
+
+def test_what_another_machine_ends_while_it_is_judged_here_stays_as_it_ended(
+    opened: Callable[..., Study],
+) -> None:
+    class Ending(optuna.pruners.BasePruner):
+        def prune(self, *_: object) -> bool:
+            opened().tell(0, "finished", 0.7, epochs=1)
+            return True
+
+    here = opened()
+    number, _ = begun(here)
+    here.go_by(
+        Method(lambda _: optuna.samplers.RandomSampler(0), Ending(), lambda trial: suggest(trial, SPACE))
+    )
+    here.report(number, 1, 0.7)
+
+    trial = by_number(here)[number]
+    assert (trial.state, trial.value, trial.epochs) == ("finished", 0.7, 1)
+
+
+@pytest.mark.parametrize(("until", "state", "value"), [(9, "finished", 0.9), (None, "failed", None)])
+def test_a_run_that_failed_on_its_way_further_tells_of_its_result(
+    until: int | None, state: str, value: float | None
+) -> None:
+    told = {"number": 3, "params": {"quality": 0.1}, "until": until}
+    tags = {TRIAL: json.dumps(told), STATE: "failed", BEST: "val/score 0.9 at step 12"}
+    trial = glance(RunView("1" * 32, "0", "", "FAILED", 0, 1, "", tags=tags))
+
+    assert (trial.number, trial.state, trial.value) == (3, state, value)
 
 
 def test_what_was_enqueued_elsewhere_is_no_trial_before_it_is_asked_for(

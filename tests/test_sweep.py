@@ -41,6 +41,7 @@ import tracked
 class Params:
     quality: float = 0.5
     width: int = 4
+    batch: int = 8
     pause: float = 0.0
 
     def __post_init__(self):
@@ -81,7 +82,7 @@ def build(params):
                 os.kill(os.getpid(), signal.SIGKILL)
     return tracked.Task(
         model=model, loss=nn.functional.mse_loss, optimizer=optimizer, train_data=data, val_data=data,
-        batch_size=8, evaluate=evaluate, monitor="val/score", mode="max",
+        batch_size=params.batch, evaluate=evaluate, monitor="val/score", mode="max",
     )
 """
 GRID = ("quality=choice(0.1,0.4,0.2,0.3)", "--sampler", "grid")
@@ -208,7 +209,8 @@ def test_a_trial_that_always_dies_is_given_up(nursery: Nursery, workplace: Workp
 def test_a_trial_whose_params_are_refused_fails_alone(nursery: Nursery, workplace: Workplace) -> None:
     file = workplace.experiment(EXPERIMENT)
     (workplace.path / "refuse").touch()
-    done = nursery.run(workplace, "sweep", file, *GRID, *LINE, "--pruner", "none")
+    # However often that happens: `--max-retries` is for what dies.
+    done = nursery.run(workplace, "sweep", file, *GRID, *LINE, "--pruner", "none", "--max-retries", "0")
 
     assert "failed" in done.stderr
     assert "no quality of 0.2" in done.stderr
@@ -294,6 +296,59 @@ def test_a_budget_is_an_end_and_not_a_pause_where_it_leaves_nothing_half_done(
     assert timed.returncode in (0, 1), "nothing was begun, or what was begun is whole"
     _, children = parent_and_children(workplace, "timed")
     assert all(run.data.metrics["epoch"] == 3 for run in children.values())
+
+
+def test_a_trial_that_is_complete_when_the_budget_runs_out_counts(
+    nursery: Nursery, workplace: Workplace
+) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    line = ("--epochs", "9", "--patience", "2", "--min-delta", "0.5", "--max-epochs-total", "3", "--json")
+    done = nursery.run(workplace, "sweep", file, "quality=choice(0.1,0.4)", "--pruner", "none", *line)
+
+    assert (done.json["state"], done.json["trials"]) == ("finished", 1)
+    _, children = parent_and_children(workplace)
+    assert children[0].data.tags["tracked.state"] == "stopped_early"
+
+
+def test_a_trial_that_ends_before_it_is_evaluated_fails_alone(nursery: Nursery, workplace: Workplace) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    line = ("--sampler", "grid", "--seed", "3", "--max-steps", "6", "--pruner", "none")
+    # Of 4, 8 and 16 steps an epoch, the first first. A sweep that begins with one without a value asks for another
+    # metric, because it may be that no trial has this one.
+    done = nursery.run(workplace, "sweep", file, "batch=choice(8,4,2)", *line)
+
+    parent, children = parent_and_children(workplace)
+    states = {run.data.params["batch"]: run.data.tags["tracked.state"] for run in children.values()}
+    assert states == {"8": "finished", "4": "finished", "2": "finished"}
+    assert parent.data.tags["tracked.trials"] == "1 finished, 0 running, 0 pruned, 2 failed"
+    assert "has never logged 'val/score'" in done.stderr
+    nursery.run(workplace, "resume", parent.info.run_id)
+
+
+def test_epochs_are_counted_where_trials_are_compared_by_steps(
+    nursery: Nursery, workplace: Workplace
+) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    line = ("--eval-every", "2 steps", "--pruner", "threshold", "--pruner-option", "lower=0.25")
+    done = nursery.run(workplace, "sweep", file, *GRID, *LINE, *line, "--max-epochs-total", "9")
+
+    # Two are pruned at step 2, which is in their first epoch, and two train all three.
+    assert (done.json["state"], done.json["trials"]) == ("finished", 4)
+    parent, _ = parent_and_children(workplace)
+    assert parent.data.metrics["epochs/trained"] == 8
+    assert parent.data.metrics["epochs/without_pruning"] == 12
+
+
+def test_what_is_suggested_need_have_no_default(nursery: Nursery, workplace: Workplace) -> None:
+    text = (
+        (EXPERIMENT + SUGGEST)
+        .replace("quality: float = 0.5", "quality: float")
+        .replace("width: int = 4", "width: int")
+    )
+    file = workplace.experiment(text)
+    done = nursery.run(workplace, "sweep", file, "--trials", "2", *LINE)
+
+    assert (done.json["state"], done.json["trials"]) == ("finished", 2)
 
 
 def started_children(place: Workplace) -> int:
@@ -516,12 +571,20 @@ def test_a_study_that_was_about_something_else_is_not_gone_on_with(
     line = ("--trials", "1", "--epochs", "1", "--study-name", "one")
     nursery.run(workplace, "sweep", file, "quality=uniform(0,1)", *line)
     other = nursery.run(workplace, "sweep", file, "quality=uniform(0,2)", *line, check=False)
+    for path in (workplace.path / "mlruns").glob("studies.journal*"):
+        path.unlink()
+    rebuilt = nursery.run(workplace, "sweep", file, "quality=uniform(0,3)", *line, check=False)
+    nursery.run(workplace, "sweep", file, "quality=uniform(0,1)", *line[2:], "--trials", "2")
+    _, children = parent_and_children(workplace)
     (workplace.path / "experiment.py").unlink()
     gone = nursery.run(workplace, "resume", "one", check=False)
 
     assert other.returncode == 2
     assert "quality" in other.stderr
     assert "uniform(0.0,2.0)" in other.stderr or "uniform(0,2)" in other.stderr
+    assert rebuilt.returncode == 2, "the parent run knows, too"
+    assert "uniform(0.0,3.0)" in rebuilt.stderr or "uniform(0,3)" in rebuilt.stderr
+    assert len(children) == 2
     assert gone.returncode == 2
     assert "experiment.py" in gone.stderr
 

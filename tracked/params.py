@@ -194,7 +194,9 @@ def from_json(text: str) -> dict[str, Value]:
 # -- names -----------------------------------------------------------------------------------------
 
 
-_hints = functools.cache(typing.get_type_hints)  # compiles every annotation anew, and a sweep asks often
+_hints = functools.lru_cache(64)(
+    typing.get_type_hints
+)  # compiles every annotation anew, and a sweep asks often
 
 
 def _fields(cls: object) -> list[tuple[dataclasses.Field[Any], Any]]:

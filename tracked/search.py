@@ -91,6 +91,13 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Value]:
     return values
 
 
+def examples(suggest: Callable[[optuna.Trial], Mapping[str, Any]], count: int) -> Iterator[Mapping[str, Any]]:
+    """Params as the first trials of a random search would get them."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    for _ in range(count):
+        yield suggest(study.ask())
+
+
 def _distribution(dimension: Dimension) -> BaseDistribution:
     match dimension:
         case Uniform(low, high):

@@ -6,6 +6,7 @@ for each trial and seeded by its number; what it suggests is then the same howev
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import uuid
@@ -101,8 +102,13 @@ class Study:
         direction_of(self._study)  # with several objectives nothing can be pruned
         self._method = method
         self._open: dict[int, optuna.Trial] = {}
-        if _RECORD not in self._study.user_attrs:
+        self.is_new = _RECORD not in self._study.user_attrs
+        if self.is_new:
             self._study.set_user_attr(_RECORD, json.dumps(dict(record)))
+
+    def forget(self) -> None:
+        """Delete it from its storage."""
+        optuna.delete_study(study_name=self._study.study_name, storage=self._study._storage)  # noqa: SLF001
 
     def go_by(self, method: Method) -> None:
         """Search by another method from here on."""
@@ -192,7 +198,8 @@ class Study:
 
     def _lose(self, trial: optuna.Trial) -> None:
         """Have a row count for nothing."""
-        trial.set_user_attr(LOST, True)
+        with _ended_elsewhere():
+            trial.set_user_attr(LOST, True)
         self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
 
     def goes_on_from(self, number: int) -> int | None:
@@ -226,9 +233,10 @@ class Study:
         frozen = self._frozen(trial)
         known, pruned_at = frozen.intermediate_values, frozen.user_attrs.get(_PRUNED_AT)
         if not frozen.state.is_finished() and at not in known:
-            trial.report(value, at)
-            if epochs is not None or _EPOCHS in frozen.user_attrs:
-                trial.set_user_attr(_EPOCHS, at if epochs is None else epochs)
+            with _ended_elsewhere():
+                trial.report(value, at)
+                if epochs is not None or _EPOCHS in frozen.user_attrs:
+                    trial.set_user_attr(_EPOCHS, at if epochs is None else epochs)
         elif known and at < max(known):
             return False
         if pruned_at is not None:
@@ -238,14 +246,27 @@ class Study:
         with _unwarned():
             prunes = bool(trial.should_prune())  # NumPy's, of some pruners
         if prunes:
-            trial.set_user_attr(_PRUNED_AT, at)
+            with _ended_elsewhere():
+                trial.set_user_attr(_PRUNED_AT, at)
         return prunes
 
-    def fill(self, number: int, at: int, value: float) -> None:
-        """Keep an evaluation that nobody was there to report; what is known, or has ended, stays."""
-        frozen = self._newest(number)
-        if not frozen.state.is_finished() and at not in frozen.intermediate_values:
-            self._trial(number).report(value, at)
+    def fill(self, number: int, reports: Mapping[int, float], *, epochs: int | None = None) -> None:
+        """Keep evaluations that nobody was there to report; what is known, or has ended, stays.
+
+        Args:
+            number: Of the trial.
+            reports: Their values, by what trials are compared at.
+            epochs: That are trained by the last of them; None if that says it.
+        """
+        frozen, trial = self._newest(number), self._trial(number)
+        if frozen.state.is_finished():
+            return
+        with _ended_elsewhere():
+            for at, value in reports.items():
+                if at not in frozen.intermediate_values:
+                    trial.report(value, at)
+            if epochs is not None:
+                trial.set_user_attr(_EPOCHS, epochs)
 
     def tell(
         self, number: int, state: State, value: float | None = None, *, epochs: int = 0, reason: str = ""
@@ -257,9 +278,10 @@ class Study:
             return
         if state == "failed" and value is not None and frozen.user_attrs.get(_UNTIL) is not None:
             state = "finished"
-        trial.set_user_attr(_EPOCHS, epochs)
-        if reason:
-            trial.set_user_attr(_REASON, reason[:500])
+        with _ended_elsewhere():
+            trial.set_user_attr(_EPOCHS, epochs)
+            if reason:
+                trial.set_user_attr(_REASON, reason[:500])
         if state == "finished" and (value is None or math.isnan(value)):
             state = "failed"
         result = value if state == "finished" else None
@@ -415,6 +437,11 @@ def _row(number: int, frozen: FrozenTrial) -> Trial:
     row = Trial(number, _STATES[frozen.state], dict(frozen.params), reports, value)
     epochs = int(frozen.user_attrs.get(_EPOCHS, max(reports, default=0)))
     return replace(row, run_id=str(frozen.user_attrs.get(_RUN_ID, "")), epochs=epochs)
+
+
+def _ended_elsewhere() -> contextlib.suppress:
+    """Where another machine may have ended a trial since it was looked at: what has ended stays as it is."""
+    return contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError)
 
 
 def _unwarned() -> warnings.catch_warnings[None]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tracked import experiment as experiments
 from tracked import params, ranking, spool
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from tracked.server import RunView, Server
 
 _LOOK_SECONDS = 1.0
+_REFUSED_IN_A_ROW = 10
+"""Trials whose params the experiment does not take, before any that it takes: a sweep of these has no end but this."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,36 @@ def sweep(request: Request) -> Outcome:
     with open_storage(request.storage, default=request.place.spool.parent / "studies.journal") as storage:
         with storage.translated():
             study = Study(storage.backend, plan.name, plan.mode, plan.method, plan.record)
-        plan.check_same(study.record)
-        if plan.record["waits"] != (waits := study.record.get("waits", plan.record["waits"])):
+        recorded = (None if study.is_whole else _recorded(request, plan)) or study.record
+        try:
+            plan.check_same(recorded)
+        except UsageError:
+            if study.is_new:
+                study.forget()
+            raise
+        if plan.record["waits"] != (waits := recorded.get("waits", plan.record["waits"])):
             # Whatever this machine, or this continuation, has for a budget: all stop alike.
             plan = Plan.make(replace(request, waits=waits), experiment)
             study.go_by(plan.method)
-        plan = plan.continued(study.record, trials=request.trials)
+        plan = plan.continued(recorded, trials=request.trials)
         study.record_again(plan.record)
         coordinator = _Coordinator(request, experiment, plan, study)
         with coordinator.asked_to_leave(), storage.translated():
             return coordinator.run()
+
+
+def _recorded(request: Request, plan: Plan) -> dict[str, Any] | None:
+    """What the parent run says that the sweep is about, which may outlive the study; None if there is none."""
+    if not request.is_named:
+        return None
+    from tracked.server import Server
+
+    server = Server(request.place.tracking_uri)
+    view = Asking(request.progress.say, math.inf)(lambda: server.find_by_handle(plan.handle))
+    try:
+        return dict(json.loads(view.tags[SWEEP])) if view is not None else None
+    except (KeyError, ValueError):  # anybody may change a tag
+        return None
 
 
 def resume(view: RunView, request: Request) -> Outcome:
@@ -191,14 +213,13 @@ class _Coordinator:
 
     def _open_parent(self) -> None:
         """Begin the parent run, or go on with it; somebody else's is left to them."""
-        is_named = self._request.study_name or self._request.storage or self._request.handle
         try:
             self._parent = Parent(
                 self._request,
                 self._plan,
                 source=self._experiment.path,
                 tags=self._tags,
-                is_new=not is_named and not self._study.is_whole,
+                is_new=not self._request.is_named and not self._study.is_whole,
                 say=self._say,
             )
         except RunTaken as taken:
@@ -268,7 +289,8 @@ class _Coordinator:
         views = Asking(self._say, math.inf)(lambda: children_of(self._server, self._parent_id))
         ended = {view.tags.get(HANDLE) for view in views if view.tags.get(STATE) in STATES}
         coming = [number for number, folder in away.items() if folder.handle not in ended]
-        self._waiting += [number for number in coming if self._is_stray(number, 0.0)]
+        with contextlib.suppress(ServerError):
+            self._waiting += [number for number in coming if self._is_stray(number, 0.0)]
         return bool(coming)
 
     def _finish(self) -> Outcome:
@@ -367,7 +389,9 @@ class _Coordinator:
                 order = self._order(number)
             except Exception as error:  # noqa: BLE001 - the user's suggest(), or params that refuse a combination
                 self._tell(number, "failed", reason=f"{type(error).__name__}: {error}")
-                self._count_in_vain(f"trials cannot begin: {error}", "params that the experiment takes")
+                if not any(trial.run_id for trial in self._trials()):
+                    expected = "params that the experiment takes"
+                    self._count_in_vain(f"trials cannot begin: {error}", expected, most=_REFUSED_IN_A_ROW)
                 continue
             self._in_vain = 0
             return order
@@ -453,19 +477,23 @@ class _Coordinator:
             self._crew.numbers | {*self._waiting} | {order.number for order, _ in self._overs} | self._parked
         )
         running = self._study.running()
-        for number in running:
-            if number not in ours and self._is_stray(number, running[number]):
-                self._waiting.append(number)
+        with contextlib.suppress(
+            ServerError
+        ):  # asked again at the next look: trials wait for verdicts meanwhile
+            for number in running:
+                if number not in ours and self._is_stray(number, running[number]):
+                    self._waiting.append(number)
 
     def _is_stray(self, number: int, began: float) -> bool:
-        """Whether the trial's process is gone: for certain where it was on this machine, else by its heartbeat."""
+        """Whether the trial's process is gone: for certain where it was on this machine, else by its heartbeat.
+
+        Raises:
+            ServerError: The server does not say.
+        """
         folder = self._folder(number)
         if spool.is_held(folder.lock):
             return False
-        try:
-            view = self._server.find_by_handle(folder.handle)
-        except ServerError:
-            return False  # it is asked again
+        view = self._server.find_by_handle(folder.handle)
         was_here = newest_attempt(view.params)[0] <= folder.about.get("attempt", 0) if view else False
         if (
             was_here
@@ -524,13 +552,14 @@ class _Coordinator:
                 self._waiting.insert(0, order.number)
         elif not hand.is_ready:
             found = f"workers die before they have a trial (status {status}); see above"
-            self._count_in_vain(found, "processes that can import the experiment")
+            expected = "processes that can import the experiment"
+            self._count_in_vain(found, expected, most=self._request.max_retries)
         self._crew.replace(hand)
 
-    def _count_in_vain(self, found: str, expected: str) -> None:
+    def _count_in_vain(self, found: str, expected: str, *, most: int) -> None:
         """Take note that nothing came of something; too often without a trial between, it never will."""
         self._in_vain += 1
-        if self._in_vain > self._request.max_retries:
+        if self._in_vain > most:
             raise UsageError(
                 found,
                 expected=expected,
@@ -565,8 +594,6 @@ class _Coordinator:
             self._parked.add(number)
         else:
             self._tell(number, STATES[over.state], over)
-        if over.usage is not None and not any(trial.reports for trial in self._study.trials()):
-            raise over.usage
 
     def _mark_failed(self, number: int, reason: str) -> None:
         """Have the run say that nobody goes on with it, once its own end has arrived: nothing lives that could."""
@@ -582,28 +609,30 @@ class _Coordinator:
         if (view := self._server.find_by_handle(self._handle_of(number))) is None:
             return
         found = read(self._server, view, metric=plan.metric, mode=plan.mode, unit=plan.unit)
-        for at, value in found.reports.items():
-            self._study.fill(number, at, value)
+        self._study.fill(number, found.reports, epochs=None if plan.unit == "epoch" else found.epochs)
 
     def _tell(self, number: int, state: TrialState, over: Over | None = None, *, reason: str = "") -> None:
         trial = next(each for each in self._study.trials() if each.number == number)
         value = best_value(trial.reports, self._plan.mode)
         reason = reason or (over.reason if over else "")
+        usage = over.usage if over else None
         if state == "finished" and value is None:
             logged = ", ".join(sorted(over.metrics)) if over else ""
-            raise UsageError(
+            usage = UsageError(
                 f"trial {number} has never logged {self._plan.metric!r}, by which the trials are compared",
-                expected=f"one of {logged}" if logged else "a metric that the loop logs",
-                try_next="--monitor NAME",
+                expected=f"one of {logged}" if logged else "a metric that the loop logs before it ends",
+                try_next="--monitor NAME, or --eval-every with a shorter interval",
             )
-        epochs = (over.epochs if over else 0) or max(trial.reports, default=0)
+            state, reason = "failed", usage.found
+        epochs = (over.epochs if over else 0) or trial.epochs
         self._study.tell(number, state, value, epochs=epochs, reason=reason)
         self._has_news = True
         shown = f"  {self._plan.metric} {value:.6g}" if value is not None else ""
         given = "  ".join(f"{name}={each}" for name, each in trial.params.items())
-        self._say(
-            f"trial {number}: {state}{shown}  {epochs} epochs  {given}{'  ' + reason if reason else ''}"
-        )
+        why = next(iter(reason.splitlines()), "")
+        self._say(f"trial {number}: {state}{shown}  {epochs} epochs  {given}  {why}".rstrip())
+        if usage is not None and not any(each.reports for each in self._study.trials()):
+            raise usage  # which every trial would meet
 
     # -- from MLflow alone
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from tracked import experiment as experiments
 from tracked import params, search
@@ -22,7 +23,12 @@ from tracked.study import Method
 from tracked.worker import Order, Report
 
 _TRIALS = 20
+_EXAMPLES = 20  # combinations to try, before an experiment is said to refuse all
 _FAMILY = uuid.UUID("5a1dc9de-2f0c-4f7e-9f2e-2d8f4ab1c0de")
+
+
+Suggest: TypeAlias = Callable[[Any], Mapping[str, Any]]
+"""The params of an Optuna trial, as a user's `suggest(trial)` gives them."""
 
 
 @dataclass
@@ -71,6 +77,11 @@ class Request:
     handle: str | None = None
     """Of the parent run, where it exists already."""
 
+    @property
+    def is_named(self) -> bool:
+        """Whether it may mean a sweep that was begun before, here or elsewhere."""
+        return bool(self.study_name or self.storage or self.handle)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -106,14 +117,6 @@ class Plan:
             request.progress.say(
                 f"the ranges that were typed are searched, not suggest() of {experiment.path.name}"
             )
-        metric, mode = _monitored(request, experiment, fixed, space)
-        # Of many trials, the newest and the best checkpoint each: all else is uploaded for nothing.
-        settings = {"keep_last": 1, **request.settings, "monitor": metric, "mode": mode}
-        if settings.get("epochs") is None and settings.get("max_steps") is None:
-            raise UsageError(
-                "it is not said how long a trial trains", expected="epochs or steps", try_next="--epochs 10"
-            )
-        seed = Settings(**settings).seed
 
         def suggest(trial: Any) -> Mapping[str, Any]:
             if space:
@@ -121,6 +124,14 @@ class Plan:
             assert experiment.suggest is not None
             return experiment.suggest(trial)
 
+        metric, mode = _monitored(request, experiment, fixed, suggest)
+        # Of many trials, the newest and the best checkpoint each: all else is uploaded for nothing.
+        settings = {"keep_last": 1, **request.settings, "monitor": metric, "mode": mode}
+        if settings.get("epochs") is None and settings.get("max_steps") is None:
+            raise UsageError(
+                "it is not said how long a trial trains", expected="epochs or steps", try_next="--epochs 10"
+            )
+        seed = Settings(**settings).seed
         waits = request.waits
         if waits is None:
             # Out of time, or of epochs, nothing goes on: a study that begins with such a budget stops nothing early.
@@ -235,22 +246,17 @@ class Plan:
 
 
 def _monitored(
-    request: Request, experiment: Experiment, fixed: list[str], space: spaces.Space
+    request: Request, experiment: Experiment, fixed: list[str], suggest: Suggest
 ) -> tuple[str, Literal["min", "max"]]:
     """The metric that trials are compared by.
 
     Raises:
-        ParamError: What is fixed cannot be.
+        ParamError: No trial can have what is fixed.
         UsageError: Nothing says it.
     """
     monitor, mode = request.settings.get("monitor"), request.settings.get("mode")
-    try:
-        values = experiment.make_params(fixed)
-    except ParamError:  # a parameter of the space has no default
-        example = spaces.as_words({name: _first(dimension) for name, dimension in space.items()})
-        values = experiment.make_params([*fixed, *example])
     if experiment.build is not None and (monitor is None or mode is None):
-        task = experiment.task(values)
+        task = experiment.task(_example(experiment, fixed, suggest))
         monitor, mode = task.judged_by(monitor, mode)
     if monitor is None:
         raise UsageError(
@@ -258,8 +264,19 @@ def _monitored(
             expected="the name of a metric that the loop logs",
             try_next="--monitor val/loss",
         )
+    if mode is None:
+        request.progress.say(f"trials are compared by {monitor}, and smaller is better (else: --mode max)")
     return monitor, mode or "min"
 
 
-def _first(dimension: spaces.Dimension) -> Any:
-    return dimension.options[0] if isinstance(dimension, spaces.Choice) else dimension.low
+def _example(experiment: Experiment, fixed: list[str], suggest: Suggest) -> Any:
+    """Params that a trial may have."""
+    with contextlib.suppress(ParamError):  # a parameter of the space has no default
+        return experiment.make_params(fixed)
+    for number, values in enumerate(search.examples(suggest, _EXAMPLES), 1):
+        try:
+            return experiment.make_params([*fixed, *spaces.as_words(values)])
+        except ParamError:  # the experiment may refuse combinations
+            if number == _EXAMPLES:
+                raise
+    raise AssertionError

@@ -46,6 +46,8 @@ def glance(view: RunView) -> Trial:
     epoch = view.latest.get("epoch")
     # "val/accuracy 0.98 at step 92"
     words = view.tags.get(BEST, "").rsplit(" at step ", 1)[0].rsplit(" ", 1)
+    if state == "failed" and told.get("until") is not None and len(words) > 1:
+        state = "finished"  # on its way further, which takes nothing from what it had reached
     value = float(words[1]) if state == "finished" and len(words) > 1 else None
     epochs = 0 if epoch is None else int(epoch.value)
     return Trial(int(told["number"]), state, told["params"], {}, value, view.run_id, epochs)

@@ -192,7 +192,11 @@ class Worker:
             if run is None or not isinstance(error, SystemExit) or run.last_state != "finished":
                 reason = f"{type(error).__name__}: {error}"
                 epochs = 0 if run is None else run.epochs_done
-                usage = error if isinstance(error, UsageError) else None
+                # As plain as it can be: a class of the user's may not come through a pipe.
+                if isinstance(error, UsageError):
+                    usage = UsageError(error.found, expected=error.expected, try_next=error.try_next)
+                else:
+                    usage = None
                 return Over("failed", reason, epochs, usage=usage)
         finally:
             self._run = None
