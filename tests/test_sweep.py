@@ -423,6 +423,36 @@ def test_ctrl_c_pauses_a_sweep_and_the_same_study_goes_on(
     assert without_pause(table(workplace)) == undisturbed
 
 
+def test_ctrl_c_while_a_whole_sweep_is_delivered_pauses_nothing(
+    nursery: Nursery, workplace: Workplace
+) -> None:
+    file = workplace.experiment(EXPERIMENT)
+    line = ("quality=choice(0.1,0.4)", "pause=0.2", "--sampler", "grid", "--pruner", "none", *LINE)
+    trainer = nursery.start(workplace, "sweep", file, *line)
+    wait_until(lambda: "trial 0:" in trainer.errors, "the first trial's end")
+    (sender,) = workplace.sender_pids()
+    os.kill(sender, signal.SIGSTOP)
+    try:
+        wait_until(lambda: "trial 1:" in trainer.errors and not workers(trainer), "the end of the workers")
+        os.kill(trainer.pid, signal.SIGINT)
+    finally:
+        os.kill(sender, signal.SIGCONT)
+    done = trainer.wait()
+
+    assert (done.returncode, done.json["state"]) == (0, "finished")
+    parent, _ = parent_and_children(workplace)
+    assert parent.data.tags["tracked.state"] == "finished"
+
+
+def workers(trainer: Trainer) -> list[psutil.Process]:
+    """The processes that train for a sweep."""
+    found = []
+    for child in psutil.Process(trainer.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # nor one that has ended and was not waited for
+            found += [child] * ("tracked.worker" in " ".join(child.cmdline()))
+    return found
+
+
 @pytest.mark.timeout(240)
 def test_machines_share_a_study_and_take_over_each_others_trials(
     tmp_path: Path,

@@ -189,6 +189,7 @@ class _Coordinator:
         self._in_vain = 0
         self._has_news = True
         self._has_extended = False
+        self._is_done = False  # nothing lies ahead: who asks to leave while it is delivered pauses nothing
         self._parent: Parent | None = None
         self._parent_id = ""
 
@@ -255,6 +256,7 @@ class _Coordinator:
                 return
             if not self._crew.numbers and self._crew.is_free and not self._lies_ahead():
                 if not self._extend():
+                    self._is_done = True
                     return
                 continue
             for hand, message in self._crew.messages(timeout=0.2):
@@ -298,7 +300,7 @@ class _Coordinator:
         trials = self._trials()
         running = set(self._study.running())
         state: Literal["finished", "paused", "stopped", "failed"] = "finished"
-        if running or (self._leave and not self._is_over_budget()):
+        if running or (self._leave and not self._is_done and not self._is_over_budget()):
             is_stopped = self._parent is not None and self._parent.run.leaves_as == "stopped"
             state = "stopped" if is_stopped else "paused"
         elif not any(trial.state == "finished" for trial in trials):
