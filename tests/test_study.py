@@ -279,6 +279,23 @@ def test_a_rebuild_knows_which_trials_were_promoted_and_what_is_left_to_begin(
     assert begun(again) == begun(study), "the last point of the grid"
 
 
+def test_a_rebuild_trains_nothing_for_a_promotion_that_came_late(
+    storage: StudyStorage, opened: Callable[..., Study]
+) -> None:
+    study = opened("sha", "reduction_factor=2")
+    stopped(study, 0.2)
+    assert study.promote(0)
+    plain = optuna.load_study(study_name="study", storage=storage.backend)
+    plain.add_trial(row_of_another(plain.trials[1]))
+    assert finished(study, 0.3) == 3
+    found = [told(study, number) for number in (0, 3)]
+
+    again = opened("sha", "reduction_factor=2", name="again")
+    assert again.rebuild(found) == 2
+    assert list(by_number(again)) == [0, 3]
+    assert begun(again) == begun(study)
+
+
 def test_what_another_machine_had_go_on_is_reported_to_where_it_goes_on(opened: Callable[..., Study]) -> None:
     one, two = opened("sha", "reduction_factor=2"), opened("sha", "reduction_factor=2")
     number = stopped(one, 0.2)

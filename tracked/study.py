@@ -308,13 +308,17 @@ class Study:
 
         Not what Optuna's samplers keep beside it: of some that is a pickle, and nothing from a server is executed.
         """
-        *before, frozen = [each for each in counting(self._all()) if self._root(each) == number]
+        rows = self._all()
+        count = [*counting(rows)]
+        *before, frozen = [each for each in count if self._root(each) == number]
         return json.dumps(
             {
                 "number": number,
                 "row": frozen.number,
                 "before": [_ended(each) for each in before],
                 "until": frozen.user_attrs.get(_UNTIL),
+                # Of no trial: nothing else tells that these numbers are not still to be trained.
+                "lost": sorted({each.number for each in rows} - {each.number for each in count}),
                 "params": frozen.params,
                 "distributions": {
                     name: distribution_to_json(each) for name, each in frozen.distributions.items()
@@ -358,6 +362,7 @@ class Study:
         """
         known: dict[int, FrozenTrial] = {}
         for told, trial in (found := [*found]):
+            known |= {number: _lost() for number in told.get("lost", ()) if number not in known}
             known |= _rebuilt(told, trial)
         rows = [known.get(number) or _untold(number) for number in range(max(known, default=-1) + 1)]
         with _unwarned():
@@ -429,6 +434,11 @@ def _rebuilt(told: Mapping[str, Any], trial: Trial) -> dict[int, FrozenTrial]:
 def _untold(number: int) -> FrozenTrial:
     """One that was asked for, and gone before anything of it was on the server: it is suggested when it begins."""
     return create_trial(state=TrialState.RUNNING, user_attrs={RUN: number})
+
+
+def _lost() -> FrozenTrial:
+    """One that two machines asked for, and one had."""
+    return create_trial(state=TrialState.FAIL, user_attrs={LOST: True})
 
 
 def _row(number: int, frozen: FrozenTrial) -> Trial:
