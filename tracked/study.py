@@ -294,14 +294,16 @@ class Study:
         frozen = self._frozen(trial)
         count = int(frozen.user_attrs.get(_RETRIES, 0)) + 1
         if not frozen.state.is_finished():
-            trial.set_user_attr(_RETRIES, count)
+            with _ended_elsewhere():
+                trial.set_user_attr(_RETRIES, count)
         return count
 
     def identify(self, number: int, run_id: str) -> None:
         """Keep which MLflow run trains it, while it runs; what has ended cannot be changed."""
         frozen = self._newest(number)
         if not frozen.state.is_finished() and frozen.user_attrs.get(_RUN_ID) != run_id:
-            self._trial(number).set_user_attr(_RUN_ID, run_id)
+            with _ended_elsewhere():
+                self._trial(number).set_user_attr(_RUN_ID, run_id)
 
     def describe(self, number: int) -> str:
         """All of a trial that a study rebuilt from its run needs, as the text of a tag.

@@ -44,7 +44,7 @@ from tracked.storage import open_storage
 from tracked.study import Study
 from tracked.sweep_parent import Parent
 from tracked.sweep_plan import Plan, Request
-from tracked.training import file_tags
+from tracked.training import file_tags, from_tag
 from tracked.trial_runs import STATES, described, read
 from tracked.trial_runs import children as children_of
 from tracked.trials import Trial, TrialState, best_value
@@ -88,7 +88,7 @@ def sweep(request: Request) -> Outcome:
     with open_storage(request.storage, default=request.place.spool.parent / "studies.journal") as storage:
         with storage.translated():
             study = Study(storage.backend, plan.name, plan.mode, plan.method, plan.record)
-        recorded = (None if study.is_whole else _recorded(request, plan)) or study.record
+        recorded = ({} if study.is_whole else _recorded(request, plan)) or study.record
         try:
             plan.check_same(recorded)
         except UsageError:
@@ -106,18 +106,15 @@ def sweep(request: Request) -> Outcome:
             return coordinator.run()
 
 
-def _recorded(request: Request, plan: Plan) -> dict[str, Any] | None:
-    """What the parent run says that the sweep is about, which may outlive the study; None if there is none."""
+def _recorded(request: Request, plan: Plan) -> dict[str, Any]:
+    """What the parent run says that the sweep is about, which may outlive the study; empty if there is none."""
     if not request.is_named:
-        return None
+        return {}
     from tracked.server import Server
 
     server = Server(request.place.tracking_uri)
     view = Asking(request.progress.say, math.inf)(lambda: server.find_by_handle(plan.handle))
-    try:
-        return dict(json.loads(view.tags[SWEEP])) if view is not None else None
-    except (KeyError, ValueError):  # anybody may change a tag
-        return None
+    return from_tag(view, SWEEP) if view is not None else {}
 
 
 def resume(view: RunView, request: Request) -> Outcome:

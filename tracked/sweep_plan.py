@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -270,13 +270,15 @@ def _monitored(
 
 
 def _example(experiment: Experiment, fixed: list[str], suggest: Suggest) -> Any:
-    """Params that a trial may have."""
-    with contextlib.suppress(ParamError):  # a parameter of the space has no default
-        return experiment.make_params(fixed)
-    for number, values in enumerate(search.examples(suggest, _EXAMPLES), 1):
+    """Params that a trial may have: the defaults; where there are none, or they are refused, what is suggested.
+
+    Raises:
+        ParamError: The experiment takes none of them.
+    """
+    refused: list[ParamError] = []
+    for values in chain([{}], search.examples(suggest, _EXAMPLES)):
         try:
             return experiment.make_params([*fixed, *spaces.as_words(values)])
-        except ParamError:  # the experiment may refuse combinations
-            if number == _EXAMPLES:
-                raise
-    raise AssertionError
+        except ParamError as error:
+            refused.append(error)
+    raise refused[-1]

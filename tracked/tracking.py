@@ -795,7 +795,7 @@ class Run:
             self._take_checkpoint(pinned=self._improved, wait=ends)
         self._improved = False
         self._plan_next()
-        if leave is not None and not self._is_complete:
+        if leave is not None and not self._is_complete:  # with its last step made, there is nothing to pause
             raise Paused(*leave)
         return ends
 

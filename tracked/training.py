@@ -464,7 +464,7 @@ def _standing_override(view: RunView, step: int) -> dict[str, Any]:
 
     An attempt that was killed before its first own checkpoint has logged points with it.
     """
-    tag = _from_tag(view, OVERRIDE)
+    tag = from_tag(view, OVERRIDE)
     if tag.get("step") != step:
         tag = {}
     return {
@@ -472,7 +472,7 @@ def _standing_override(view: RunView, step: int) -> dict[str, Any]:
     }
 
 
-def _from_tag(view: RunView, name: str) -> dict[str, Any]:
+def from_tag(view: RunView, name: str) -> dict[str, Any]:
     """The object that stands in a tag; empty if there is none, or if somebody has changed it."""
     try:
         value = json.loads(view.tags.get(name, "{}"))
@@ -517,7 +517,7 @@ def _check_work_left(view: RunView, asked: Mapping[str, Any]) -> None:
     state = view.tags.get(STATE)
     if state not in ("finished", "stopped_early"):
         return
-    recorded = _from_tag(view, SETTINGS)
+    recorded = from_tag(view, SETTINGS)
     longer = any(asked.get(name, 0) > (recorded.get(name) or 0) for name in ("epochs", "max_steps"))
     if state == "stopped_early":
         longer = asked.get("patience", 0) > (recorded.get("patience") or 0)
@@ -537,7 +537,7 @@ def _changed_settings(
 ) -> tuple[Settings, dict[str, Any]]:
     """The recorded settings with what was asked for, and those changes that have a say in values."""
     # How far to go is said by the newest attempt, which may have been killed before its first checkpoint.
-    said = {name: value for name, value in _from_tag(view, SETTINGS).items() if name in _UNSEEN_BY_VALUES}
+    said = {name: value for name, value in from_tag(view, SETTINGS).items() if name in _UNSEEN_BY_VALUES}
     recorded = Settings.from_json({**state["settings"], **said})
     if "seed" in asked and asked["seed"] != recorded.seed:
         raise UsageError(
