@@ -5,7 +5,8 @@ alone: data, model, optimizer and run exist before the clock starts. "delivered"
 is on the server, and the history is then read back and counted, untimed.
 
 Each row has had a short discarded repetition before the first timed one: torch is warm, the server has
-answered, and the sender process of `tracked`, which imports MLflow once, is running.
+answered, and the sender process of `tracked`, which imports MLflow once, is running. Rows of one framework
+have their turns in one process: two processes of the same program differ by several per cent for good.
 
 Run it on an idle machine: two processes that each keep two threads busy on two cores slow a loop of small
 steps tenfold and more, because its threads wait for one another. `OMP_NUM_THREADS=1` takes that out.
@@ -20,7 +21,9 @@ import os
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -239,6 +242,7 @@ def lightning(steps: int, address: str) -> Timing:
     from mlflow import MlflowClient
 
     logger = MLFlowLogger(experiment_name="bench", tracking_uri=address)
+    assert logger.experiment  # makes the run
     seconds = lightning_epoch(*built(), samples(steps), logger)
     assert logger.run_id is not None
     MlflowClient(address).get_run(logger.run_id)  # the plugin has delivered by then
@@ -342,10 +346,11 @@ def measure(repeat: int, repeat_others: int, workers: int, only: Sequence[str] =
         os.environ["TRACKED_SPOOL"] = str(directory / "spool")
         address = stack.enter_context(mlflow_server(directory / "server", workers))
 
-        def apart(function: Callable[..., Timing], *arguments: object) -> Callable[[int], Timing]:
-            # A process each: what a library imports, patches or leaves running must cost no other row.
-            pool = stack.enter_context(fresh_process())
-            return lambda steps: pool.submit(function, steps, *arguments).result()
+        # What a library imports, patches or leaves running must cost no row of another.
+        processes = defaultdict[str, ProcessPoolExecutor](lambda: stack.enter_context(fresh_process()))
+
+        def apart(of: str, function: Callable[..., Timing], *arguments: object) -> Callable[[int], Timing]:
+            return lambda steps: processes[of].submit(function, steps, *arguments).result()
 
         ours: dict[str, Callable[[int], Timing]] = {
             "hand-written": hand_written,
@@ -353,17 +358,17 @@ def measure(repeat: int, repeat_others: int, workers: int, only: Sequence[str] =
             "tracked": lambda steps: tracked_own_loop(steps, address, directory / "spool"),
         }
         others: dict[str, Callable[[int], Timing]] = {
-            "mlflow-sync": apart(mlflow_by_hand, address, True),
-            "mlflow-async": apart(mlflow_by_hand, address, False),
-            "lightning": apart(lightning, address),
-            "hugging-face": apart(hugging_face, address),
-            "plugin": apart(mlflow_by_hand, f"tracked+{address}", True),
-            "lightning-alone": apart(lightning_alone),
-            "lightning-idle": apart(lightning_idle),
-            "lightning-plugin": apart(lightning, f"tracked+{address}"),
-            "hugging-face-alone": apart(hugging_face, None),
-            "hugging-face-plugin": apart(hugging_face, f"tracked+{address}"),
-            "plugin-call": apart(a_call_of_the_store, f"tracked+{address}"),
+            "mlflow-sync": apart("mlflow-sync", mlflow_by_hand, address, True),
+            "mlflow-async": apart("mlflow-async", mlflow_by_hand, address, False),
+            "lightning": apart("lightning", lightning, address),
+            "hugging-face": apart("hugging-face", hugging_face, address),
+            "plugin": apart("plugin", mlflow_by_hand, f"tracked+{address}", True),
+            "lightning-alone": apart("lightning", lightning_alone),
+            "lightning-idle": apart("lightning", lightning_idle),
+            "lightning-plugin": apart("lightning", lightning, f"tracked+{address}"),
+            "hugging-face-alone": apart("hugging-face", hugging_face, None),
+            "hugging-face-plugin": apart("hugging-face", hugging_face, f"tracked+{address}"),
+            "plugin-call": apart("plugin", a_call_of_the_store, f"tracked+{address}"),
         }
         chosen = {name: call for name, call in {**ours, **others}.items() if not only or name in only}
         for call in chosen.values():

@@ -147,6 +147,32 @@ def test_a_point_of_a_model_and_a_data_set_arrives_at_both(store: TrackingStore)
     assert store.get_run(run_id).data.metrics == {"accuracy": 0.5}
 
 
+@pytest.mark.parametrize("model", ["", "model_id=model.model_id, "])
+def test_many_calls_travel_in_few_requests(server_uri: str, tmp_path: Path, model: str) -> None:
+    with FakeFront(server_uri) as front:
+        place = Workplace(tmp_path, front.uri)
+        process = program(
+            place,
+            f"""
+            import mlflow
+            with mlflow.start_run() as run:
+                model = mlflow.initialize_logged_model("net")
+                print(run.info.run_id, model.model_id)
+                for step in range(400):
+                    mlflow.log_metrics({{"loss": 1 / (step + 1), "accuracy": 0.5}}, {model}step=step)
+            """,
+        )
+        stdout, stderr = process.communicate(timeout=60)
+        run_id, model_id = stdout.split()[:2]
+
+        assert "tracked:" not in stderr
+        for key in ("loss", "accuracy"):
+            assert [step for step, _, _ in history(server_uri, run_id, key)] == list(range(400))
+        assert bool(MlflowClient(server_uri).get_logged_model(model_id).metrics) == bool(model)
+        assert front.count("runs/log-batch") < 20
+        place.close()
+
+
 def test_the_end_of_a_run_comes_behind_all_that_was_logged_to_it(
     store: TrackingStore, server_uri: str
 ) -> None:
@@ -440,6 +466,28 @@ def test_what_a_program_could_not_deliver_is_told_kept_and_delivered_by_sync(
         assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 1.0})
         assert not any(outbox.all_called() for outbox in place.outboxes())
         assert_no_sender_has_died(place)
+        place.close()
+
+
+def test_a_process_that_a_program_starts_waits_and_tells_once(server_uri: str, tmp_path: Path) -> None:
+    with FakeFront(server_uri) as front:
+        place = Workplace(tmp_path, front.uri)
+        run_id = MlflowClient(server_uri).create_run("0").info.run_id
+        front.answer("runs/log-batch", Answer(503, b"down"))
+        process = program(
+            place,
+            f"""
+            import multiprocessing, mlflow
+            logs = {{"key": "loss", "value": 1.0, "run_id": {run_id!r}}}
+            child = multiprocessing.get_context("spawn").Process(target=mlflow.log_metric, kwargs=logs)
+            child.start()
+            child.join()
+            """,
+            TRACKED_DRAIN_TIMEOUT="1",
+        )
+        _, stderr = process.communicate(timeout=60)
+
+        assert stderr.count("is not all delivered") == 1
         place.close()
 
 

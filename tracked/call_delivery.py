@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tracked.delivery import Delivery
-from tracked.errors import RecordRejected
 from tracked.journal import Place, Reader
 from tracked.names import MANIFEST, folder_name
 from tracked.resumption import pointer_in
@@ -22,7 +20,7 @@ class CallDelivery(Delivery):
     A process that is gone has its say before any that came after it.
     """
 
-    _STAND_ALONE: ClassVar = {"damaged", "linked", "status"}
+    _STAND_ALONE: ClassVar = {"damaged", "status"}
 
     def is_open(self) -> bool:
         if any(_has_points(older) for older in self._ended_before()):
@@ -39,23 +37,10 @@ class CallDelivery(Delivery):
 
     def _send_by_itself(self, kind: str, body: Any) -> None:
         assert self.view is not None
-        if kind == "linked":
-            self._send_linked(body)
-        elif kind == "status":
+        if kind == "status":
             self.server.set_status(self.view.run_id, body["status"], body["end_time"])
         else:
             super()._send_by_itself(kind, body)
-
-    def _send_linked(self, points: Sequence[dict[str, Any]]) -> None:
-        assert self.view is not None
-        try:
-            self.server.log_linked_points(self.view.run_id, points)
-        except RecordRejected as error:
-            if len(points) == 1:
-                self._reject("point", points[0], error)
-                return
-            for point in points:
-                self._send_linked([point])
 
     def _is_time(self) -> bool:
         return super()._is_time() or self.run.is_wanted()

@@ -21,7 +21,7 @@ from typing import Any
 from tracked import sender
 from tracked.errors import NotDelivered, SpoolError
 from tracked.journal import Journal, Place, Reader
-from tracked.packing import records
+from tracked.packing import linked_records, records
 from tracked.place import Place as Destination
 from tracked.spool import Outbox, RunFolder, read_json
 
@@ -87,6 +87,9 @@ class _Writer:
             if kind == "points":
                 for body in records(bodies):
                     journal.append("points", body)
+            elif kind == "linked":
+                for body in linked_records(bodies):
+                    journal.append("linked", body)
             elif kind in ("params", "tags"):
                 journal.append(kind, {key: value for body in bodies for key, value in body.items()})
             else:
@@ -238,14 +241,16 @@ class Calls:
         if not self._writers:
             return
         self.flush(close=True)
-        folders = self._undelivered()
+        writers = [writer for writer in self._writers.values() if writer.undelivered]
+        folders = [writer.folder for writer in writers]
         waiting = [end for folder in folders for end in _ends(folder)]
         deadline = time.monotonic() + drain_timeout()
         with suppress(KeyboardInterrupt):
             self._await(waiting, drain_timeout())
             while any(map(_holds_checkpoints, folders)) and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
-        for folder in folders:
+        for writer, folder in zip(writers, folders, strict=True):
+            writer.undelivered = False  # a child of `multiprocessing` comes here twice
             late = [journal for journal, _ in _ends(folder)]
             if not late and not _holds_checkpoints(folder):
                 continue

@@ -31,7 +31,7 @@ from tracked.errors import (
     ServerUnavailable,
 )
 from tracked.failpoints import reach
-from tracked.journal import START, Place, Reader
+from tracked.journal import START, Place, Reader, Record
 from tracked.names import (
     CHECKPOINT,
     COMMAND,
@@ -45,7 +45,7 @@ from tracked.names import (
     newest_attempt,
     step_of,
 )
-from tracked.packing import Point, unpack
+from tracked.packing import LinkedPoint, Point, unpack
 from tracked.spool import RunFolder, read_json, write_json
 
 if TYPE_CHECKING:
@@ -268,15 +268,15 @@ class Delivery:
         """
         if not self.is_open():
             return False
-        batch: list[dict[str, Any]] = []
+        batch: list[Record] = []
         facts: dict[str, dict[str, str]] = {"params": {}, "tags": {}}
         count = 0
         end = self.reader.cursor("points")
         for record in self.reader.records("points"):
-            if record.kind == "points":
+            if record.kind in ("points", "linked"):
                 if batch and count + record.body["count"] > self._points_at_once:
                     break
-                batch.append(record.body)
+                batch.append(record)
                 count += record.body["count"]
             elif record.kind in facts:
                 known = facts["params"] if record.kind == "params" else {}
@@ -296,7 +296,9 @@ class Delivery:
         if end == self.reader.cursor("points"):
             return False
         if batch or any(facts.values()):
-            points = [point for body in batch for point in unpack(body)]
+            points: list[Point | LinkedPoint] = []
+            for record in batch:
+                points += unpack(record.body) if record.kind == "points" else record.body["points"]
             if not self.is_open():
                 return False  # the machine may have slept while all of this was read
             # What a slow server could not store in time, it could never, if as much came again.
@@ -313,7 +315,9 @@ class Delivery:
         """Whether less than fits is worth a request: full ones disturb a training beside the server least."""
         return time.monotonic() - self._sent_points >= GATHER_SECONDS or not self.reader.is_written()
 
-    def _send(self, points: Sequence[Point], params: dict[str, str], tags: dict[str, str]) -> None:
+    def _send(
+        self, points: Sequence[Point | LinkedPoint], params: dict[str, str], tags: dict[str, str]
+    ) -> None:
         """Send all of it; what the server finds invalid is found by halves, and left out."""
         assert self.view is not None
         try:
@@ -326,7 +330,7 @@ class Delivery:
             ]
             if len(items) == 1:
                 kind, item = items[0]
-                self._reject(kind, list(item) if kind == "point" else dict([item]), error)
+                self._reject(kind, item if kind == "point" else dict([item]), error)
                 return
             for half in (items[: len(items) // 2], items[len(items) // 2 :]):
                 self._send(

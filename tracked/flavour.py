@@ -18,6 +18,7 @@ from tracked.spool import read_json
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
+    from tracked.packing import LinkedPoint
     from tracked.server import ModelView, RunView, Server
 
 ALIAS = "best"
@@ -75,7 +76,7 @@ def _link_metrics(server: Server, run: RunView, model: ModelView, step: int) -> 
     They are the same points to the last bit, so the run's own history stays as it is.
     """
     datasets = server.datasets(run.run_id)
-    points: list[dict[str, Any]] = []
+    points: list[LinkedPoint] = []
     for key, _, timestamp, value in server.points_at(run, step):
         if is_system(key):
             continue
@@ -96,7 +97,7 @@ def _link_metrics(server: Server, run: RunView, model: ModelView, step: int) -> 
             }
         )
     if points:
-        server.log_linked_points(run.run_id, points)
+        server.log_points(run.run_id, points)
 
 
 def _write(folder: Path, to: Path, about: dict[str, Any], run: RunView, model: ModelView) -> None:

@@ -160,9 +160,9 @@ def waiting_in(journal: Path) -> int:
     reader = Reader(journal, ("points", "files"))
     count = 0
     for record in reader.records("points"):
-        if record.kind == "points":
+        if record.kind in ("points", "linked"):
             count += record.body["count"]
-        elif record.kind in ("params", "tags", "linked", "status", "damaged"):
+        elif record.kind in ("params", "tags", "status", "damaged"):
             count += 1
     return count + sum(record.kind in ("artifact", "checkpoint", "end") for record in reader.records("files"))
 

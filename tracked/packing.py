@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import struct
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _POINTS_IN_A_RECORD = 500
 
 Point = tuple[str, int, int, float]
 """Key, step (int64), milliseconds since 1970 (int64), value (float64, to the last bit)."""
+LinkedPoint = Mapping[str, Any]
+"""A point of a model or a data set as well: its fields as `mlflow.entities.Metric` names them."""
 
 
 def pack(points: Sequence[Point]) -> dict[str, Any]:
@@ -34,6 +36,13 @@ def records(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
     """The bodies of the records that hold `points`, in their order; none if there are none."""
     for start in range(0, len(points), _POINTS_IN_A_RECORD):
         yield pack(points[start : start + _POINTS_IN_A_RECORD])
+
+
+def linked_records(points: Sequence[LinkedPoint]) -> Iterator[dict[str, Any]]:
+    """The same of linked points, which are rare and stay as they are."""
+    for start in range(0, len(points), _POINTS_IN_A_RECORD):
+        linked = points[start : start + _POINTS_IN_A_RECORD]
+        yield {"count": len(linked), "points": linked}
 
 
 def unpack(body: dict[str, Any]) -> list[Point]:

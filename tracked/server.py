@@ -60,7 +60,7 @@ from tracked.errors import (
     UsageError,
 )
 from tracked.names import HANDLE, stored
-from tracked.packing import Point
+from tracked.packing import LinkedPoint, Point
 from tracked.transport import Http, OneRequestRegistry, OneRequestStore, brief, first_words, no_answer
 
 __all__ = ["Latest", "RunView", "Server", "stored"]
@@ -283,7 +283,11 @@ class Server:
     # Values
 
     def log(
-        self, run_id: str, points: Sequence[Point], params: Mapping[str, str], tags: Mapping[str, str]
+        self,
+        run_id: str,
+        points: Sequence[Point | LinkedPoint],
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
     ) -> None:
         """Write all of it, in one transaction and one request where that holds so much.
 
@@ -300,12 +304,12 @@ class Server:
         with self._writing(run_id):
             self._store.log_batch(
                 run_id,
-                [Metric(key, stored(value), timestamp, step) for key, step, timestamp, value in points],
+                [_metric(point) for point in points],
                 [Param(key, value) for key, value in params.items()],
                 [RunTag(key, value) for key, value in tags.items()],
             )
 
-    def log_points(self, run_id: str, points: Sequence[Point]) -> None:
+    def log_points(self, run_id: str, points: Sequence[Point | LinkedPoint]) -> None:
         """Write points, up to 1000 of them in one transaction. A point written again adds nothing.
 
         Raises:
@@ -313,28 +317,9 @@ class Server:
             NoSuchRun: the server does not have the run.
         """
         for start in range(0, len(points), _POINTS_A_REQUEST):
-            metrics = [
-                Metric(key, stored(value), timestamp, step)
-                for key, step, timestamp, value in points[start : start + _POINTS_A_REQUEST]
-            ]
+            metrics = [_metric(point) for point in points[start : start + _POINTS_A_REQUEST]]
             with self._writing(run_id):
                 self._store.log_batch(run_id, metrics, [], [])
-
-    def log_linked_points(self, run_id: str, points: Sequence[Mapping[str, Any]]) -> None:
-        """Write points that belong to a model or a data set as well.
-
-        Args:
-            run_id: The run.
-            points: The fields of each as `mlflow.entities.Metric` names them.
-
-        Raises:
-            RecordRejected: at least one of them can never be stored.
-            NoSuchRun: the server does not have the run.
-        """
-        metrics = [Metric(**{**point, "value": stored(point["value"])}) for point in points]
-        for start in range(0, len(metrics), _POINTS_A_REQUEST):
-            with self._writing(run_id):
-                self._store.log_batch(run_id, metrics[start : start + _POINTS_A_REQUEST], [], [])
 
     def log_inputs(self, run_id: str, inputs: Sequence[Mapping[str, str]], source: Mapping[str, str]) -> None:
         """Name data sets that a run reads. One that it names already adds nothing.
@@ -884,6 +869,13 @@ def _model(found: LoggedModel) -> ModelView:
 
 def _no_run(run_id: str, place: str) -> NoSuchRun:
     return NoSuchRun(f"{place} has no run {run_id!r}", expected="the ID of a run", try_next="tracked list")
+
+
+def _metric(point: Point | LinkedPoint) -> Metric:
+    if isinstance(point, tuple):
+        key, step, timestamp, value = point
+        return Metric(key, stored(value), timestamp, step)
+    return Metric(**{**point, "value": stored(point["value"])})
 
 
 def _chunks(entries: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:

@@ -293,7 +293,7 @@ class TrackingStore:
     def log_metric(self, run_id: str, metric: Metric) -> None:
         if run_id not in self._runs or run_id == self._resumed:
             self._writable(run_id)
-        kind, entry = self._checked(metric)
+        kind, entry = self._checked(run_id, metric)
         if not self._stands(run_id, metric):
             self._calls.add(run_id, kind, entry)
 
@@ -328,7 +328,7 @@ class TrackingStore:
         self, run_id: str, metrics: Sequence[Metric], params: Sequence[Param], tags: Sequence[RunTag]
     ) -> None:
         known = self._writable(run_id)
-        points = [self._checked(metric, f"metrics[{index}]") for index, metric in enumerate(metrics)]
+        points = [self._checked(run_id, metric, f"metrics[{index}]") for index, metric in enumerate(metrics)]
         checked_params = [_validate_param(p.key, p.value, f"params[{i}]") for i, p in enumerate(params)]
         checked_tags = [_validate_tag(t.key, t.value, f"tags[{i}]") for i, t in enumerate(tags)]
         _validate_batch_log_limits(metrics, params, tags)
@@ -360,7 +360,7 @@ class TrackingStore:
             self._calls.add(run_id, "tags", {OVERRIDE: note})
         return True
 
-    def _checked(self, metric: Metric, path: str = "") -> tuple[str, Any]:
+    def _checked(self, run_id: str, metric: Metric, path: str = "") -> tuple[str, Any]:
         """The entry for a metric.
 
         Raises:
@@ -379,9 +379,9 @@ class TrackingStore:
             self._names.add(key)
             wire = metric.to_proto()  # as a request would carry it
             value, timestamp, step = wire.value, wire.timestamp, wire.step
-        if metric.model_id or metric.dataset_name or metric.run_id:
-            fields = {**metric.to_dictionary(), "value": value, "timestamp": timestamp, "step": step}
-            return "linked", [fields]
+        # `mlflow.log_metrics` names the run in each of its points, which links them to nothing.
+        if metric.model_id or metric.dataset_name or metric.run_id not in (None, run_id):
+            return "linked", {**metric.to_dictionary(), "value": value, "timestamp": timestamp, "step": step}
         return "points", (key, step, timestamp, value)
 
     # -- without waiting, which all of it is: what MLflow's own does in threads is done here at once
