@@ -61,6 +61,7 @@ def new_run(
     key: str = "val/loss",
     experiment: str = "compared",
     monitor: tuple[str, str] | None = ("val/loss", "min"),
+    name: str = "",
     **params: str,
 ) -> str:
     """A run that has finished, 90 s after its start, with a value at each step from 1 on; its ID."""
@@ -71,7 +72,7 @@ def new_run(
     view = server.create_run(
         experiment=experiment,
         handle=handle,
-        name=f"run-{handle[:6]}",
+        name=name or f"run-{handle[:6]}",
         start_time=START,
         tags=tags,
         retry=False,
@@ -168,6 +169,55 @@ def test_many_runs_have_a_row_each(embedded: Server, tmp_path: Path) -> None:
     assert [(line.split()[0], line.split()[-1]) for line in lines[1:6]] == [
         (run[:8], str(number)) for number, run in enumerate(runs, start=1)
     ]
+
+
+def test_what_differs_looks_different(embedded: Server, tmp_path: Path) -> None:
+    folder = "/a/folder/whose/name/is/long"
+    runs = [new_run(embedded, [1 + 1e-9 * at], data=f"{folder}/{at}", name="twin") for at in range(2)]
+
+    found = compare(place_of(embedded, tmp_path), runs, silent)
+
+    table = cells(found)
+    assert table["data"] == [f"{folder}/0", f"{folder}/1"]
+    assert table["best val/loss"] == ["1", "1.000000001"]
+    assert "name twin" in found.table().splitlines()[-1]
+
+
+def test_runs_that_differ_in_nothing_stand_beside_each_other_too(embedded: Server, tmp_path: Path) -> None:
+    runs = [new_run(embedded, [1.0], name="twin", lr="0.1") for _ in "12"]
+
+    assert cells(compare(place_of(embedded, tmp_path), runs, silent)) == {"run": [run[:8] for run in runs]}
+
+
+def test_a_run_that_lacks_all_that_another_has_keeps_its_column(embedded: Server, tmp_path: Path) -> None:
+    runs = [new_run(embedded, [1.0], name="twin"), new_run(embedded, [1.0], name="twin", lr="0.1")]
+
+    head, row = compare(place_of(embedded, tmp_path), runs, silent).table().split("\n\n")[0].splitlines()
+
+    assert head.split() == ["run", *(run[:8] for run in runs)]
+    assert row.split() == ["lr", "0.1"]
+    assert row.index("0.1") == head.index(runs[1][:8])
+
+
+@pytest.mark.parametrize(
+    ("metric", "best", "taken"),
+    [
+        ("val/accuracy", 0.9, "largest"),
+        ("f1", 0.9, "largest"),
+        ("score_loss", 0.1, "smallest"),
+        ("err", 0.1, "smallest"),
+    ],
+)
+def test_where_no_run_says_which_values_are_better_the_usual_ones_are_and_it_is_told(
+    embedded: Server, tmp_path: Path, metric: str, best: float, taken: str
+) -> None:
+    runs = [new_run(embedded, values, key=metric, monitor=None) for values in ([0.1, 0.9], [0.2, 0.5])]
+
+    found = compare(place_of(embedded, tmp_path), runs, silent)
+
+    assert found.runs[0].summary.best == best
+    assert f"the best {metric} is the {taken}: no run says otherwise" in found.table()
+    assert "says otherwise" not in compare(place_of(embedded, tmp_path), runs, silent, mode="max").table()
 
 
 def test_a_param_that_is_called_like_a_column_does_not_replace_it(embedded: Server, tmp_path: Path) -> None:

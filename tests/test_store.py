@@ -173,6 +173,37 @@ def test_many_calls_travel_in_few_requests(server_uri: str, tmp_path: Path, mode
         place.close()
 
 
+def test_a_call_does_not_search_the_disk_for_spark(remote_workplace: Workplace) -> None:
+    process = program(
+        remote_workplace,
+        """
+        import sys, types, mlflow
+        class Searched:
+            names = []
+            def find_spec(self, name, path=None, target=None):
+                self.names.append(name)
+        class SparkSession:
+            getActiveSession = lambda: types.SimpleNamespace(conf={"spark.mlflow.modelRegistryUri": "theirs"})
+        with mlflow.start_run():
+            mlflow.log_metrics({"loss": 1.0}, step=0)
+            sys.meta_path.insert(0, Searched())
+            mlflow.log_metrics({"loss": 1.0}, step=1)
+            mlflow.log_metric("loss", 1.0, step=2)
+            del sys.meta_path[0]
+        print("searched", Searched.names)
+        for name in ("pyspark", "pyspark.sql", "pyspark.sql.utils"):
+            sys.modules[name] = types.ModuleType(name)
+        sys.modules["pyspark.sql"].SparkSession = SparkSession
+        sys.modules["pyspark.sql.utils"].AnalysisException = Exception
+        print("registry", mlflow.MlflowClient()._registry_uri)
+        """,
+    )
+    stdout, stderr = process.communicate(timeout=60)
+
+    assert "searched []" in stdout, stderr
+    assert "registry theirs" in stdout, stderr
+
+
 def test_the_end_of_a_run_comes_behind_all_that_was_logged_to_it(
     store: TrackingStore, server_uri: str
 ) -> None:

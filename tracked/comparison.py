@@ -14,8 +14,8 @@ from tracked.errors import UsageError
 from tracked.inspection import Summary, best_point, find, folders, object_in, some, summary_of
 from tracked.names import HANDLE, SETTINGS, SWEEP, is_system
 from tracked.place import Place
-from tracked.ranking import Mode
-from tracked.tables import ago, aligned, distinct_length, one_line
+from tracked.ranking import Mode, best_first, usual_mode
+from tracked.tables import ago, aligned, distinct_length, one_line, told_apart
 
 if TYPE_CHECKING:
     from tracked.server import RunView, Server
@@ -26,13 +26,27 @@ History = Sequence[tuple[int, int, float]]
 _PATIENCE = 30.0  # seconds for an answer
 _METRICS = 6  # that the table and the picture show
 _SIDE_BY_SIDE = 4  # runs that have a column each; of more, each has a row
-_WIDEST = 24  # characters of a param's value
+_WIDEST = 24  # characters of a value, unless values look the same then
+_DIGITS, _ALL_DIGITS = 6, 17  # of a number, unless numbers look the same then
 _LINE = 240  # characters
 _POINTS = 20_000  # of a picture's panel that are fetched, for all its curves together
 _LEAST_OF_A_CURVE, _MOST_OF_A_CURVE = 200, 2000
 _NAMED = 7  # curves that a picture has colours for
 _FIRST = ("val/loss", "train/loss")
 _UI = "http://127.0.0.1:5000"  # where `ui` serves an SQLite file
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What the runs have of one name: the values that are compared, and how each looks."""
+
+    title: str
+    values: Sequence[Any]
+    cells: Sequence[str]
+
+    @property
+    def differs(self) -> bool:
+        return len({repr(value) for value in self.values}) > 1  # also NaN is equal to NaN
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class Comparison:
         runs: In the order in which they were named, or best first where they were chosen.
         metric: What they are compared by; None where they have no metric.
         mode: Whether its smaller or larger values are better.
+        mode_is_known: Whether a run or a person has said so.
         url: The page of MLflow's interface that compares them; of an SQLite file, as `ui` serves it.
         curves: The picture's panels: metric -> run ID -> history, thinned where the server can do so.
     """
@@ -71,6 +86,7 @@ class Comparison:
     runs: Sequence[Compared]
     metric: str | None
     mode: Mode
+    mode_is_known: bool
     url: str
     curves: Mapping[str, Mapping[str, History]]
 
@@ -79,61 +95,65 @@ class Comparison:
             "metric": self.metric,
             "mode": self.mode,
             "url": self.url,
-            "params_that_differ": [name for name in self._params() if self._differs(name)],
+            "params_that_differ": [column.title for column in self._params() if column.differs],
             "runs": [run.as_json() for run in self.runs],
         }
 
     def table(self) -> str:
         """What differs as aligned text, and below it in one line what does not."""
-        columns = self._columns()
-        differing = [(title, cells) for title, cells in columns if len(set(cells)) > 1]
+        columns = [*self._ends(), *self._metrics(), *self._params()]
         length = distinct_length([run.summary.run_id for run in self.runs])
         ids = [run.summary.run_id[:length] for run in self.runs]
-        rows = [[title, *cells] for title, cells in [("run", ids), *differing]]
+        rows = [["run", *ids], *([each.title, *each.cells] for each in columns if each.differs)]
         if len(self.runs) > _SIDE_BY_SIDE:
             rows = [list(row) for row in zip(*rows, strict=True)]
-        same = [f"{title} {cells[0]}" for title, cells in columns if len(set(cells)) == 1 and cells[0]]
-        lines = [aligned(rows)]
+        same = [f"{each.title} {each.cells[0]}" for each in columns if not each.differs and each.cells[0]]
+        lines = [aligned(rows, all_columns=True)]
+        if self.metric is not None and not self.mode_is_known:
+            taken, other = ("largest", "min") if self.mode == "max" else ("smallest", "max")
+            lines += [
+                "",
+                f"the best {self.metric} is the {taken}: no run says otherwise (else --mode {other})",
+            ]
         if same:
             lines += ["", one_line(f"the same in all {len(self.runs)}: {', '.join(same)}", _LINE)]
-        if left := len({key for run in self.runs for key in run.summary.metrics}) - len(self._metrics()):
+        if left := len({key for run in self.runs for key in run.summary.metrics}) - len(self._shown()):
             lines.append(f"{left} further metrics: --json")
         return "\n".join(lines)
 
-    def _columns(self) -> list[tuple[str, list[str]]]:
-        """Titles, which may be any param's name, and the cell of each run."""
+    def _ends(self) -> list[_Column]:
         summaries = [run.summary for run in self.runs]
         columns = [
-            ("name", [one_line(each.name, _WIDEST) for each in summaries]),
-            ("experiment", [each.experiment for each in summaries]),
-            ("state", [each.state for each in summaries]),
-            ("time", ["" if run.seconds is None else ago(run.seconds) for run in self.runs]),
-            ("epoch", [_cell(each.epoch) for each in summaries]),
-            ("step", [_cell(each.step) for each in summaries]),
+            _of_texts("name", [each.name for each in summaries]),
+            _of_texts("experiment", [each.experiment for each in summaries]),
+            _of_texts("state", [each.state for each in summaries]),
+            _of_texts("time", ["" if run.seconds is None else ago(run.seconds) for run in self.runs]),
+            _of_numbers("epoch", [each.epoch for each in summaries]),
+            _of_numbers("step", [each.step for each in summaries]),
         ]
         if self.metric is not None:
-            columns.append((f"best {self.metric}", [_cell(each.best) for each in summaries]))
-            columns.append(("at step", [_cell(run.best_step) for run in self.runs]))
-        metrics = [
-            (f"last {key}", [_cell(each.metrics.get(key)) for each in summaries]) for key in self._metrics()
-        ]
-        params = [
-            (name, [one_line(run.params.get(name, ""), _WIDEST) for run in self.runs])
-            for name in self._params()
-        ]
-        return [*columns, *metrics, *params]
+            columns.append(_of_numbers(f"best {self.metric}", [each.best for each in summaries]))
+            columns.append(_of_numbers("at step", [run.best_step for run in self.runs]))
+        return columns
 
-    def _metrics(self) -> list[str]:
+    def _shown(self) -> list[str]:
+        """The metrics that the table has room for."""
         return _by_importance([run.summary.metrics for run in self.runs], self.metric)[:_METRICS]
 
-    def _params(self) -> list[str]:
+    def _metrics(self) -> list[_Column]:
+        return [
+            _of_numbers(f"last {key}", [run.summary.metrics.get(key) for run in self.runs])
+            for key in self._shown()
+        ]
+
+    def _params(self) -> list[_Column]:
         """Hyperparameters first, then the loop's settings."""
         # The claim of an attempt is a param only because a param can be written once.
         names = {name for run in self.runs for name in run.params if not name.startswith("tracked.attempt.")}
-        return sorted(names, key=lambda name: (name.startswith("loop."), name))
-
-    def _differs(self, param: str) -> bool:
-        return len({run.params.get(param) for run in self.runs}) > 1
+        return [
+            _of_texts(name, [run.params.get(name, "") for run in self.runs])
+            for name in sorted(names, key=lambda name: (name.startswith("loop."), name))
+        ]
 
 
 def compare(
@@ -158,7 +178,7 @@ def compare(
         top: How many.
         metric: What they are compared by; by default what most of them monitor, else `val/loss` or
             `train/loss`, else what comes first.
-        mode: Whether its smaller or larger values are better; by default as the runs say, else "min".
+        mode: Whether its smaller or larger values are better; by default as the runs say, else as is usual.
         with_curves: Whether the histories for a picture are fetched.
 
     Raises:
@@ -187,7 +207,8 @@ def compare(
             expected="at least two different runs",
             try_next="python -m tracked.run list",
         )
-    metric, mode = _compared_by(views, metric, mode)
+    metric, known = _compared_by(views, metric, mode)
+    mode = known or usual_mode(metric or "")
     histories: dict[str, History] = {}
     if metric is not None:
         have = [view.run_id for view in views if view.status and metric in view.latest]
@@ -216,7 +237,7 @@ def compare(
         # The best ones have names in a picture of many.
         drawn = on_server if len(on_server) <= _NAMED else _best_first(on_server, best, mode)
         curves = _curves(server, drawn, metric, histories)
-    return Comparison(compared, metric, mode, server.compare_url(on_server, _UI), curves)
+    return Comparison(compared, metric, mode, known is not None, server.compare_url(on_server, _UI), curves)
 
 
 def draw(comparison: Comparison, file: Path) -> None:
@@ -234,7 +255,7 @@ def draw(comparison: Comparison, file: Path) -> None:
             try_next="python -m tracked.run list",
         )
     length = distinct_length([run.summary.run_id for run in comparison.runs])
-    names = {run.summary.run_id: run.summary.name for run in comparison.runs}
+    names = {run.summary.run_id: one_line(run.summary.name, plots.LONGEST_LABEL) for run in comparison.runs}
     called = Counter(names.values())
     panels = {key: list(histories.values()) for key, histories in comparison.curves.items()}
     labels = [
@@ -291,10 +312,12 @@ def _in_experiment(server: Server, experiment: str) -> list[RunView]:
     ]
 
 
-def _compared_by(views: Sequence[RunView], metric: str | None, mode: Mode | None) -> tuple[str | None, Mode]:
-    """The metric, and which of its values are better."""
+def _compared_by(
+    views: Sequence[RunView], metric: str | None, mode: Mode | None
+) -> tuple[str | None, Mode | None]:
+    """The metric, and which of its values are better; None where nobody says so."""
     keys = [view.latest for view in views]
-    own = [
+    own: list[tuple[str, Mode]] = [
         (str(settings["monitor"]), "max" if settings.get("mode") == "max" else "min")
         for view in views
         if (settings := object_in(view.tags.get(SETTINGS))).get("monitor") in view.latest
@@ -309,7 +332,9 @@ def _compared_by(views: Sequence[RunView], metric: str | None, mode: Mode | None
             try_next="python -m tracked.run compare without --metric",
         )
     if mode is None:
-        mode = "max" if (metric, "max") in own else "min"
+        # Runs that disagree say nothing.
+        said = {each for key, each in own if key == metric}
+        mode = said.pop() if len(said) == 1 else None
     return metric, mode
 
 
@@ -346,11 +371,8 @@ def _curves(
 def _best_first(
     views: Sequence[RunView], best: Mapping[str, tuple[int, float] | None], mode: Mode
 ) -> list[RunView]:
-    def order(view: RunView) -> tuple[bool, float]:
-        point = best.get(view.run_id)
-        return (True, 0.0) if point is None else (False, point[1] if mode == "min" else -point[1])
-
-    return sorted(views, key=order)
+    values = {run_id: point[1] for run_id, point in best.items() if point is not None}
+    return sorted(views, key=lambda view: best_first(values.get(view.run_id), mode))
 
 
 def _seconds(view: RunView) -> float | None:
@@ -358,7 +380,21 @@ def _seconds(view: RunView) -> float | None:
     return (end - view.start_time) / 1000 if end >= view.start_time > 0 else None
 
 
-def _cell(value: float | None) -> str:
+def _of_texts(title: str, values: Sequence[str]) -> _Column:
+    return _Column(title, values, told_apart(values, _WIDEST))
+
+
+def _of_numbers(title: str, values: Sequence[float | None]) -> _Column:
+    """With as many digits as those that differ need to look different."""
+    digits = _DIGITS
+    while True:
+        cells = [_cell(value, digits) for value in values]
+        if digits == _ALL_DIGITS or len({*cells}) == len({repr(value) for value in values}):
+            return _Column(title, values, cells)
+        digits += 1
+
+
+def _cell(value: float | None, digits: int) -> str:
     if value is None:
         return ""
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
+    return str(value) if isinstance(value, int) else f"{value:.{digits}g}"

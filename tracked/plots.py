@@ -52,6 +52,8 @@ STYLE: Any = {  # newer releases type each key, older ones none
     "text.parse_math": False,  # a run may be called "$5 a day, $6 a night"
 }
 WIDTH, HEIGHT, _FURTHER_PANEL, _FURTHER_RUNS_PANEL = 6.0, 4.2, 2.4, 2.7  # inches
+LONGEST_LABEL = 20
+"""Characters of what a run is called in a picture of several."""
 _BUCKETS = 100
 _FEW = 30
 _MOST_NUMBERS = 12
@@ -128,14 +130,14 @@ def overlaid(panels: Mapping[str, Sequence[History]], labels: Sequence[str], *, 
                     gid=f"{key} of {labels[number]}",
                 )
                 if lost:
-                    axes.plot([], [], lw=0, label=f"{_cut(labels[number], 20)}: {lost} not finite")
+                    axes.plot([], [], lw=0, label=f"{_cut(labels[number], LONGEST_LABEL)}: {lost} not finite")
                 drawn.append(means)
             if axes.get_legend_handles_labels()[1]:
                 axes.legend(handlelength=0)
             axes.set_title(_cut(key, 38), loc="left")
             scale_upright(axes, np.concatenate(drawn))
         lines = [
-            Line2D([], [], color=colour, label=_cut(name, 20))
+            Line2D([], [], color=colour, label=_cut(name, LONGEST_LABEL))
             for colour, name in zip(_RUNS, labels, strict=False)
         ]
         if named < len(labels):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,10 +11,27 @@ from tracked.tables import aligned, distinct_length, one_line
 from tracked.trials import Trial, TrialState
 
 Mode = Literal["min", "max"]
+_LARGER_IS_BETTER = frozenset({
+    *("acc", "accuracy", "auc", "auroc", "auprc", "bleu", "dice", "f1", "iou", "map", "ndcg", "precision"),
+    *("psnr", "r2", "recall", "reward", "rouge", "score", "ssim"),
+})  # fmt: skip
 
 # Best first: what finished can be chosen, what failed cannot.
 STATES: tuple[TrialState, ...] = ("finished", "running", "pruned", "failed")
 _WIDEST = 24  # characters of a param's name or value
+
+
+def usual_mode(metric: str) -> Mode:
+    """Which values of a metric are better, by its name alone: larger ones of an accuracy and the like."""
+    words = set(re.split(r"[^a-z0-9]+", metric.lower()))
+    return "max" if words & _LARGER_IS_BETTER and not words & {"loss", "error"} else "min"
+
+
+def best_first(value: float | None, mode: Mode) -> tuple[bool, float]:
+    """Sorts values so, and behind them what is none, or no number."""
+    if value is None or math.isnan(value):
+        return True, 0.0
+    return False, value if mode == "min" else -value
 
 
 def ranking(trials: Sequence[Trial], *, metric: str, mode: Mode, limit: int | None = None) -> str:
@@ -86,10 +104,7 @@ def epochs_without_pruning(trials: Sequence[Trial], full: int) -> int:
 
 def _order(trial: Trial, mode: Mode) -> tuple[bool, float, int]:
     """Sorts the best first, what has no number last, and equal ones by their number."""
-    if not _has_value(trial):
-        return True, 0.0, trial.number
-    assert trial.value is not None
-    return False, trial.value if mode == "min" else -trial.value, trial.number
+    return *best_first(trial.value, mode), trial.number
 
 
 def _has_value(trial: Trial) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 from mlflow.entities import LifecycleStage, Metric, Param, Run, RunData, RunInfo, RunStatus, RunTag, ViewType
@@ -29,6 +29,7 @@ from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as Regi
 from mlflow.store.tracking.abstract_store import AbstractStore
 from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracking import get_tracking_uri
+from mlflow.tracking._model_registry import utils as registry_utils
 from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
@@ -71,6 +72,18 @@ class ReadTimeout(NotDelivered, MlflowException):
     """A read that would have missed what was written before it, as an error that MLflow's callers know."""
 
 
+@cache
+def _look_for_spark_in_memory() -> None:
+    """Spare each call of MLflow's fluent API a search of the disk that costs more than all the rest of it.
+
+    Whenever it makes a client, which is once or twice a call, MLflow asks Spark whether there is a session, and
+    where pyspark is not installed it looks for it each time anew. Only what has been imported can have one.
+    """
+    clients: Any = registry_utils
+    ask = clients._get_active_spark_session  # noqa: SLF001
+    clients._get_active_spark_session = lambda: ask() if "pyspark" in sys.modules else None  # noqa: SLF001
+
+
 def tracking_store(store_uri: str) -> TrackingStore:
     """The store of a tracking URI that begins with `tracked+`.
 
@@ -80,6 +93,8 @@ def tracking_store(store_uri: str) -> TrackingStore:
     """
     place = Place.choose(store_uri)
     path = database(place.tracking_uri)
+    with suppress(AttributeError):  # another version of MLflow may ask elsewhere
+        _look_for_spark_in_memory()
     inner: AbstractStore
     if path is None:
         inner = _OnceStore(place.tracking_uri)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows under their titles as text, without the columns that are empty."""
-    filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
+def aligned(rows: Sequence[Sequence[str]], *, all_columns: bool = False) -> str:
+    """Rows under their titles as text, without the columns that are empty unless `all_columns` are wanted."""
+    filled = [column for column in zip(*rows, strict=True) if all_columns or any(column[1:])]
     widths = [max(map(len, column)) for column in filled]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -27,9 +27,20 @@ def distinct_length(ids: Sequence[str]) -> int:
 
 
 def one_line(value: Any, width: int) -> str:
-    """A value as text that fits into a row: on one line, in characters that can be encoded, cut to `width`."""
-    text = " ".join(str(value).encode(errors="replace").decode().split())
+    """A value as text that fits into a row: on one line, in characters that can be shown, cut to `width`."""
+    words = " ".join(str(value).encode(errors="replace").decode().split())
+    text = "".join(filter(str.isprintable, words))  # no terminal takes orders from a run's name
     return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def told_apart(values: Sequence[str], width: int) -> list[str]:
+    """The values as `one_line` has them, but as much wider as those that differ need to look different."""
+    longest = max(map(len, values), default=0)
+    while True:
+        cut = [one_line(value, width) for value in values]
+        if width >= longest or len({*cut}) == len({*values}):
+            return cut
+        width *= 2
 
 
 def readable(size: int) -> str:
