@@ -104,10 +104,11 @@ def test_a_run_of_another_tool_is_left_alone(trained: Trained, command: str) -> 
         (["--filter", "nonsense"], ["MLflow refuses the filter 'nonsense'", "Invalid clause(s)", "AND"]),
         (
             ["--filter", "params.lr = 0.1"],
-            ["Expected a quoted string value for parameter", "params.lr = '0.01'"],
+            ["Expected a quoted string value for parameter", 'params.lr = "0.05"'],
         ),
         (["--sort-by", "val/los"], ["no run has a metric 'val/los'", "train/loss, val/loss", "show last"]),
         (["--descending"], ["--descending needs a metric", "--sort-by METRIC"]),
+        (["--experiment", "chess"], ["there is no experiment 'chess'", "one of Default, ", "run list"]),
     ],
 )
 def test_what_list_cannot_look_for_is_told(trained: Trained, line: list[str], words: list[str]) -> None:

@@ -20,16 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Param
 
 import tracked
 from tests.experiments import tiny
 from tests.nursery import Nursery
 from tests.processes import Workplace, wait_until
 from tests.servers import MlflowServer, free_port
-from tracked import inspection, upkeep
-from tracked.errors import RunNotFound, RunNotResumable, ServerUnavailable
+from tracked import inspection, trial_runs, upkeep, verification
+from tracked.comparison import compare
+from tracked.errors import RunNotFound, RunNotResumable, ServerUnavailable, UsageError
 from tracked.journal import Journal
-from tracked.names import CHECKPOINT, HANDLE, HEARTBEAT, SETTINGS, STATE, attempt_param
+from tracked.names import (
+    BEST,
+    CHECKPOINT,
+    HANDLE,
+    HEARTBEAT,
+    SETTINGS,
+    STATE,
+    TRIAL,
+    attempt_param,
+    told_best,
+)
 from tracked.packing import pack
 from tracked.place import Place
 from tracked.server import RunView, Server
@@ -78,6 +91,42 @@ def logged_run(workplace: Workplace, **tags: str) -> RunView:
         start_time=int(time.time() * 1000),
         tags=tags,
     )
+
+
+def run_of_another_tool(workplace: Workplace, values: dict[str, float], *, begun: int | None = None) -> str:
+    """A run that plain MLflow has logged, with these values of metrics, and not ended; its ID."""
+    server = Server(workplace.tracking_uri)
+    server.create_run(experiment="theirs", handle=os.urandom(16).hex(), name=None, start_time=1, tags={})
+    client = MlflowClient(workplace.tracking_uri)
+    experiment = client.get_experiment_by_name("theirs")
+    assert experiment is not None
+    run_id: str = client.create_run(experiment.experiment_id, start_time=begun).info.run_id
+    for key, value in values.items():
+        client.log_metric(run_id, key, value, step=3)
+    return run_id
+
+
+def strictly(text: str) -> Any:
+    """The last line of a command's output, read by a parser that takes what JSON has and nothing more."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text.splitlines()[-1], parse_constant=refuse)
+
+
+def words_of(line: str) -> list[str]:
+    """What a shell makes of a line that begins with `python -m tracked.run`: the words behind that."""
+    done = subprocess.run(
+        ["bash", "-c", f"python() {{ printf '%s\\0' \"$@\"; }}; {line}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    words = done.stdout.split("\0")[:-1]
+    assert words[:2] == ["-m", "tracked.run"]
+    return words[2:]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +212,7 @@ def test_a_word_that_is_no_run_is_not_found(finished: tuple[Workplace, str], wor
     with pytest.raises(RunNotFound, match="there is no run"):
         inspection.look(place_of(workplace), word, silent)
     with pytest.raises(RunNotFound, match="there is no run"):
-        inspection.verify(place_of(workplace), word, silent)
+        verification.verify(place_of(workplace), word, silent)
 
 
 # -- list and show
@@ -180,7 +229,7 @@ def test_a_finished_run_is_listed_and_shown(finished: tuple[Workplace, str]) -> 
     assert row[:3] == [run_id[:8], "finished", "experiment"]
     assert (listed["run_id"], listed["state"], listed["epoch"], listed["step"]) == (run_id, "finished", 2, 16)
     assert listed["best"] <= listed["last"]
-    assert "lr                        0.1" in shown
+    assert "  lr     0.1\n  pause  0.0\n" in shown
     assert f"next: python -m tracked.run verify {run_id}" in shown
     assert told["checkpoints"][-1] == {
         "step": 16,
@@ -208,7 +257,39 @@ def test_list_takes_an_experiment_and_a_limit(workplace: Workplace) -> None:
     assert {each.run_id for each in inspection.listing(place, None, 9, silent)} == {
         run.run_id for run in runs
     }
-    assert inspection.listing(place, "another", 9, silent) == []
+    with pytest.raises(UsageError, match="there is no experiment 'another'") as error:
+        inspection.listing(place, "another", 9, silent)
+    assert error.value.expected == "one of Default, by-hand"
+    assert inspection.listing(place, "Default", 9, silent) == []
+
+
+def test_an_experiment_that_only_waits_in_the_spool_is_listed(workplace: Workplace) -> None:
+    logged_run(workplace)
+    folder = place_of(workplace).outbox().run("ab" * 16)
+    folder.make()
+    journal = Journal(folder.path / "attempt-0001-00000000")
+    journal.append("start", {"experiment": "new", "name": "first", "start_time": 1, "tags": {}})
+    journal.close()
+
+    (listed,) = inspection.listing(place_of(workplace), "new", 9, silent)
+
+    assert (listed.name, listed.state) == ("first", inspection.WAITING)
+
+
+def test_list_says_when_there_are_more_runs_than_it_shows(workplace: Workplace) -> None:
+    for _ in range(3):
+        logged_run(workplace)
+
+    cut, whole = (workplace.tracked("list", "--limit", limit) for limit in (2, 3))
+    of_a_state = workplace.tracked("list", "--limit", 1, "--state", "lost", "--json", check=False)
+    as_json = workplace.tracked("list", "--limit", 2, "--json")
+
+    assert len(cut.stdout.splitlines()) == 1 + 2
+    assert cut.stderr == "there are more than these 2: --limit 4\n"
+    assert len(whole.stdout.splitlines()) == 1 + 3
+    assert whole.stderr == of_a_state.stderr == ""
+    assert len(as_json.json) == 2
+    assert "--limit 4" in as_json.stderr
 
 
 def test_list_takes_a_state_which_is_the_true_one(workplace: Workplace) -> None:
@@ -253,6 +334,71 @@ def test_list_takes_a_filter_and_sorts_by_a_metrics_last_value(workplace: Workpl
     ]
 
 
+def test_the_filter_that_a_refused_one_is_told_to_try_works_as_it_is_typed(workplace: Workplace) -> None:
+    server, place = Server(workplace.tracking_uri, timeout=30), place_of(workplace)
+    runs = [logged_run(workplace).run_id for _ in range(3)]
+    for run_id, (loss, lr) in zip(runs, ((0.05, "0.05"), (0.05, "0.5"), (0.5, "0.05")), strict=True):
+        server.log(run_id, [("val/loss", 1, 1, loss)], {"lr": lr}, {})
+
+    with pytest.raises(UsageError, match="MLflow refuses the filter") as error:
+        inspection.listing(place, None, 9, silent, only="nonsense")
+    command, option, only = words_of(error.value.try_next)
+    found = inspection.listing(place, None, 9, silent, only=only)
+
+    assert (command, option) == ("list", "--filter")
+    assert [each.run_id for each in found] == runs[:1]
+    assert "`" not in workplace.tracked("list", "--help").stdout, "a shell would run what stands in backticks"
+
+
+def test_the_best_of_a_run_that_has_ended_is_what_its_training_told(workplace: Workplace) -> None:
+    server = Server(workplace.tracking_uri, timeout=30)
+    settings = json.dumps({"monitor": "val/loss", "mode": "min"})
+    values = (0.125, 0.25, 1 / 3)  # the first one was not an improvement, or was none to be judged
+
+    def best_of(state: str, told: str) -> float | None:
+        run = logged_run(workplace, **{SETTINGS: settings, STATE: state, BEST: told})
+        server.log_points(run.run_id, [("val/loss", step, 1, value) for step, value in enumerate(values, 1)])
+        return inspection.listing(place_of(workplace), None, 1, silent)[0].best
+
+    for state in ("finished", "stopped_early", "stopped", "pruned", "paused"):
+        assert best_of(state, "val/loss 0.25 at step 2") == 0.25
+    assert best_of("finished", "val/loss 0.333333 at step 3") == 1 / 3, "the last value is known exactly"
+    for state in ("running", "crashed", "failed"):
+        assert best_of(state, "val/loss 0.25 at step 2") == 0.125, "the tag may be an earlier attempt's"
+    assert best_of("finished", "val/f1 0.25 at step 2") == 0.125
+    assert best_of("finished", "val/loss 0.25 in trial 3: lr=0.1") == 0.125
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("val/loss 0.04 at step 8", ("val/loss", 0.04, 8)),
+        ("reward at step 1 -1e-05 at step 12", ("reward at step 1", -1e-05, 12)),
+        ("loss inf at step 1", ("loss", sys.float_info.max, 1)),
+        ("val/loss 0.04 in trial 3: lr=0.1", None),
+        ("val/loss good at step 8", None),
+        ("", None),
+    ],
+)
+def test_the_best_that_a_training_told_is_read_back(text: str, told: tuple[str, float, int] | None) -> None:
+    assert told_best({BEST: text}) == told
+    assert told_best({}) is None
+
+
+def test_a_training_tells_its_best_so_that_it_can_be_read_back(finished: tuple[Workplace, str]) -> None:
+    workplace, run_id = finished
+    view = view_of(workplace, run_id)
+    history = Server(workplace.tracking_uri, timeout=30).history(run_id, "val/loss")
+
+    told = told_best(view.tags)
+
+    best = inspection.best_point(history, "min")
+    assert told is not None
+    assert best is not None
+    assert (told[0], told[2]) == ("val/loss", best[0])
+    assert told[1] == pytest.approx(best[1], rel=1e-5)
+
+
 def test_the_best_in_a_list_is_the_best_of_the_history(remote_workplace: Workplace) -> None:
     for workplace in (
         remote_workplace,
@@ -287,8 +433,140 @@ def test_runs_of_others_are_neither_listed_nor_verified(workplace: Workplace) ->
 
     assert inspection.listing(place_of(workplace), None, 9, silent) == []
     with pytest.raises(RunNotResumable, match="was not made by this package"):
-        inspection.verify(place_of(workplace), run.run_id, silent)
+        verification.verify(place_of(workplace), run.run_id, silent)
     assert server.get_run(run.run_id).status == "RUNNING"
+
+
+def test_a_run_of_another_tool_stands_as_mlflow_says_and_is_offered_nothing_that_cannot_work(
+    workplace: Workplace,
+) -> None:
+    client = MlflowClient(workplace.tracking_uri)
+    run_id = run_of_another_tool(workplace, {}, begun=1)
+
+    running = inspection.look(place_of(workplace), run_id, silent)
+    client.set_terminated(run_id, "FAILED")
+    failed = inspection.look(place_of(workplace), run_id, silent)
+
+    assert (running.summary.state, running.try_next) == ("running", [])
+    assert (failed.summary.state, failed.try_next) == ("failed", [])
+    assert "next:" not in inspection.page(running)
+
+
+def test_a_run_of_the_plugin_is_shown_with_the_line_that_goes_on_from_its_checkpoint(
+    workplace: Workplace,
+) -> None:
+    client = MlflowClient(workplace.tracking_uri)
+    run_id = run_of_another_tool(workplace, {})
+    client.set_tag(run_id, CHECKPOINT, '{"step": 3, "path": "checkpoints/a", "sha256": "0"}')
+    client.set_tag(run_id, "mlflow.source.name", "my script.py")
+    (workplace.path / "my script.py").write_text(
+        "import os; print(os.environ['MLFLOW_RUN_ID'], os.environ['MLFLOW_TRACKING_URI'])"
+    )
+
+    [line] = inspection.look(place_of(workplace), run_id, silent).try_next
+    process = workplace.start(*words_of(line))
+    stdout, stderr = process.communicate(timeout=60)
+    client.set_terminated(run_id)
+
+    assert stdout.split() == [run_id, f"tracked+{workplace.tracking_uri}"], stderr
+    assert inspection.look(place_of(workplace), run_id, silent).try_next == []
+
+
+def test_a_run_that_a_script_made_is_shown_with_the_line_that_goes_on_with_it(workplace: Workplace) -> None:
+    pointer = '{"step": 3, "path": "checkpoints/a", "sha256": "0"}'
+    tags = {STATE: "paused", CHECKPOINT: pointer, "mlflow.source.name": "script.py"}
+    scripted, bare = (logged_run(workplace, **each).run_id for each in (tags, {STATE: "finished"}))
+    place = place_of(workplace)
+
+    assert inspection.look(place, scripted, silent).try_next == [
+        f"python -m tracked.run resume {scripted} -- python script.py"
+    ]
+    assert inspection.look(place, bare, silent).try_next == [f"python -m tracked.run verify {bare}"], (
+        "without a checkpoint there is nothing to export"
+    )
+
+
+def test_a_deleted_run_is_shown_as_deleted_with_the_line_that_restores_it(workplace: Workplace) -> None:
+    run_id = logged_run(workplace, **{STATE: "finished"}).run_id
+    MlflowClient(workplace.tracking_uri).delete_run(run_id)
+    deleted = inspection.look(place_of(workplace), run_id, silent)
+
+    [line] = deleted.try_next
+    scripts = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = workplace.environment({"PATH": scripts, "MLFLOW_TRACKING_URI": ""})
+    subprocess.run(["bash", "-c", line], env=environment, capture_output=True, check=True)
+
+    assert deleted.summary.state == "deleted"
+    assert "state             deleted\n" in inspection.page(deleted)
+    assert inspection.look(place_of(workplace), run_id, silent).summary.state == "finished"
+
+
+@pytest.mark.parametrize("epoch", [math.nan, math.inf, -math.inf])
+def test_an_epoch_that_is_no_number_is_none(workplace: Workplace, epoch: float) -> None:
+    place, server = place_of(workplace), Server(workplace.tracking_uri, timeout=30)
+    theirs = [run_of_another_tool(workplace, {"epoch": each, "loss": 0.5}) for each in (epoch, 1.5)]
+    trial = logged_run(workplace, **{TRIAL: json.dumps({"number": 0, "params": {}}), STATE: "finished"})
+    server.log_points(trial.run_id, [("epoch", 1, 1, 1.0), ("epoch", 2, 2, epoch)])
+    server.log_points(trial.run_id, [("loss", 1, 1, 0.5), ("loss", 2, 2, 0.25)])
+    view = view_of(workplace, trial.run_id)
+
+    shown = [inspection.look(place, run_id, silent) for run_id in theirs]
+    compared = compare(place, theirs, silent)
+    read = trial_runs.read(server, view, metric="loss", mode="min", unit="epoch")
+
+    assert [each.summary.epoch for each in shown] == [None, 1]
+    assert "\nepoch " not in inspection.page(shown[0])
+    assert [each.summary.epoch for each in compared.runs] == [None, 1]
+    assert trial_runs.glance(view).epochs == 0
+    assert (read.reports, read.epochs) == ({1: 0.5}, 1)
+
+
+def test_json_has_null_where_a_value_is_no_number(workplace: Workplace) -> None:
+    theirs = run_of_another_tool(workplace, {"epoch": math.nan, "loss": math.nan})
+    own = logged_run(workplace, **{SETTINGS: '{"monitor": "loss"}'}).run_id
+    Server(workplace.tracking_uri, timeout=30).log_points(own, [("loss", 3, 1, math.nan)])
+
+    shown = strictly(workplace.tracked("show", theirs, "--json").stdout)
+    (listed,) = strictly(workplace.tracked("list", "--limit", 1, "--json").stdout)
+    compared = strictly(workplace.tracked("compare", theirs, own, "--json").stdout)
+
+    assert shown["metrics"]["loss"] == {"step": 3, "value": None}
+    assert (listed["last"], listed["metrics"]) == (None, {"loss": None})
+    assert [run["metrics"]["loss"] for run in compared["runs"]] == [None, None]
+
+
+def test_a_page_is_legible_whatever_the_names_on_it(workplace: Workplace) -> None:
+    run_id = run_of_another_tool(workplace, {"system/system_memory_usage_megabytes": 12345.6, "loss": 0.5})
+    client = MlflowClient(workplace.tracking_uri)
+    params = {"a_hyperparameter_with_a_long_name": "16", "lr": "0.1", "text": "two\nlines \x1b[31min red"}
+    client.log_batch(run_id, params=[Param(*each) for each in params.items()])
+    client.set_tag(run_id, "tracked.stop_reason", "this\nand \x1b]0;that\x07")
+
+    page = inspection.page(inspection.look(place_of(workplace), run_id, silent))
+
+    assert "  a_hyperparameter_with_a_long_name  16\n" in page
+    assert "  lr                                 0.1\n" in page
+    assert "  text                               two lines [31min red\n" in page
+    assert "  system/system_memory_usage_megabytes  12345.6  step 3" in page
+    assert "  loss                                  0.5      step 3" in page
+    assert "stopped because   this and ]0;that\n" in page
+    assert page.replace("\n", "").isprintable()
+
+
+def test_a_run_is_one_row_of_the_list_whatever_its_name(workplace: Workplace) -> None:
+    names = ["two\nlines", "\x1b[31min red", "long" * 50]
+    runs = [
+        inspection.Summary(str(number) * 32, "", "finished", name, name, 1, 1, name, 0.5, 0.5, 0, 0)
+        for number, name in enumerate(names)
+    ]
+
+    table = inspection.table(runs, "long" * 50)
+
+    assert len(table.splitlines()) == 1 + len(runs)
+    assert table.replace("\n", "").isprintable()
+    assert max(map(len, table.splitlines())) < 240
+    assert "two lines" in table
+    assert "… 0.5" in table, "a name is cut, and no value"
 
 
 def test_ids_in_the_table_are_as_long_as_they_have_to_be() -> None:
@@ -349,7 +627,7 @@ def test_what_is_not_whole_is_told_and_the_exit_is_1(workplace: Workplace) -> No
     artifacts = Path(view_of(workplace, run_id).artifact_uri) / "checkpoints"
 
     def wrong() -> str:
-        return "\n".join(inspection.verify(place, run_id, silent).wrong)
+        return "\n".join(verification.verify(place, run_id, silent).wrong)
 
     assert wrong() == ""
     server.log_points(run_id, [("train/loss", 3, 1, 0.5)])
@@ -432,7 +710,7 @@ def test_sync_leaves_a_living_training_alone_and_discards_what_a_newer_attempt_s
     assert any("is still being trained" in line for line in said)
     assert upkeep.gc(place, dry_run=False, say=silent) == 0
     assert [each.state for each in inspection.listing(place, None, 9, silent)] == ["running"]
-    proof = inspection.verify(place, "last", silent)
+    proof = verification.verify(place, "last", silent)
     assert proof.wrong == []
     assert proof.proven[0].startswith("the run is being trained")
 
@@ -442,7 +720,7 @@ def test_sync_leaves_a_living_training_alone_and_discards_what_a_newer_attempt_s
     training.wait()
     workplace.end_senders()  # the training may have started another one meanwhile
     assert [each.state for each in inspection.listing(place, None, 9, silent)] == ["draining"]
-    assert "wait in the spool" in inspection.verify(place, "last", silent).wrong[0]
+    assert "wait in the spool" in verification.verify(place, "last", silent).wrong[0]
 
     run_id = run.about["run_id"]
     Server(place.tracking_uri, timeout=30).log_params(run_id, {attempt_param(2): "another"})
@@ -491,7 +769,7 @@ def test_gc_frees_a_finished_run_that_stays_whole_on_the_server(workplace: Workp
         assert 0 <= told.json["freed_bytes"] - held - len(b"half") < 100
     assert not folder.path.exists()
     assert "step-00000099" not in server.directories(run_id, "checkpoints")
-    assert inspection.verify(place, run_id, silent).wrong == []
+    assert verification.verify(place, run_id, silent).wrong == []
     assert upkeep.gc(place, dry_run=False, say=silent) == 0
 
 
@@ -567,7 +845,7 @@ def test_gc_frees_what_is_superseded_and_the_run_still_resumes(workplace: Workpl
     assert not (folder.path / ".run.json.left").exists()
     further = folder.about["committed"] + 2
     assert workplace.tracked("resume", run_id, "--max-steps", further, "--json").json["step"] == further
-    assert inspection.verify(place, run_id, silent).wrong == []
+    assert verification.verify(place, run_id, silent).wrong == []
 
 
 def test_gc_without_its_server_deletes_only_what_it_knows_to_be_superseded(workplace: Workplace) -> None:
@@ -783,4 +1061,4 @@ def test_a_task_that_is_fitted_in_a_script_is_whole(workplace: Workplace) -> Non
         "1",
         "val/loss",
     )
-    assert inspection.verify(place_of(workplace), run.id, silent).wrong == []
+    assert verification.verify(place_of(workplace), run.id, silent).wrong == []

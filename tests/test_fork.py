@@ -28,7 +28,7 @@ from tests.proofs import (
     until_committed,
 )
 from tests.test_commands import place_of, silent
-from tracked import inspection
+from tracked import inspection, verification
 from tracked.errors import CheckpointError
 from tracked.forking import find_origin
 from tracked.packing import Point, records, unpack
@@ -148,7 +148,7 @@ def test_a_fork_from_an_earlier_step_ends_in_the_same_bits_on_a_machine_with_an_
     away.experiment(EXPERIMENT)
     try:
         result = away.tracked("fork", source.run_id, "--step", 6, "--json").json
-        proof = inspection.verify(place_of(away), result["run_id"], silent)
+        proof = verification.verify(place_of(away), result["run_id"], silent)
     finally:
         away.close()
 

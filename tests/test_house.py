@@ -29,7 +29,7 @@ calls
 pipe store
 tracking progress
 attempts loop inspection
-retrieval logged_run packaging
+retrieval logged_run packaging verification
 forking lightning transformers modelling
 training upkeep finetune command tensors plugin comparison
 export study worker
@@ -119,7 +119,7 @@ def test_a_library_is_imported_only_where_the_table_says(library: str) -> None:
         ("import tracked.cli", ("click",)),
         ("import tracked.archive", ()),
         ("import tracked.sender", ()),
-        ("import tracked.inspection, tracked.upkeep, tracked.command", ()),
+        ("import tracked.inspection, tracked.upkeep, tracked.command, tracked.verification", ()),
         ("from tracked.cli import main; main(['train', '--help'], standalone_mode=False)", ("click",)),
     ],
 )

@@ -87,6 +87,12 @@ def _note(text: str) -> None:
     click.echo(text, err=True)
 
 
+def _print_json(value: Any) -> None:
+    """In one line; null stands for NaN and the infinities, which JSON does not have and strict parsers refuse."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    click.echo(json.dumps(finite, allow_nan=False))
+
+
 # -- options
 
 
@@ -298,7 +304,7 @@ def _carry_out(work: Callable[[Request], Run], request: Request, *, as_json: boo
 
     def tell() -> None:
         if as_json and request.run is not None:
-            click.echo(json.dumps(_outcome(request.run)))
+            _print_json(_outcome(request.run))
 
     try:
         run = work(request)
@@ -308,7 +314,7 @@ def _carry_out(work: Callable[[Request], Run], request: Request, *, as_json: boo
     except NothingLeft as nothing:
         click.echo(str(nothing), err=True)
         if as_json:
-            click.echo(json.dumps(_complete(nothing)))
+            _print_json(_complete(nothing))
         sys.exit(FINISHED)
     except KeyboardInterrupt:
         click.echo("interrupted twice: left at once; `resume` goes on from the last checkpoint", err=True)
@@ -563,7 +569,7 @@ def _sweep(options: dict[str, Any], *, as_json: bool, view: RunView | None = Non
             "best": best and asdict(best),
             "trials": len(found.trials),
         }
-        click.echo(json.dumps(line))
+        _print_json(line)
     if found.state == "paused":
         _note(f"paused: {found.reason}\n  try: python -m tracked.run resume {found.run_id}")
         sys.exit(PAUSED)
@@ -664,7 +670,7 @@ def _ask(
     place = _place(tracking_uri, spool_dir)
     run_id, state = command.ask(place, run, what, _note, wait=not no_wait, timeout=timeout)
     if as_json:
-        click.echo(json.dumps({"run_id": run_id, "state": state}))
+        _print_json({"run_id": run_id, "state": state})
     elif no_wait:
         click.echo(f"asked run {run_id} to {what}")
     else:
@@ -684,12 +690,16 @@ def _ask(
     "only",
     default="",
     metavar="FILTER",
-    help='Only runs that pass it; MLflow\'s search syntax: "metrics.`val/loss` < 0.1".',
+    help="""Only runs that pass it, in MLflow's search syntax: 'metrics."val/loss" < 0.1'.""",
 )
 @click.option("--sort-by", metavar="METRIC", help="By this metric's last value, the smallest first.")
 @click.option("--descending", is_flag=True, help="With --sort-by: the largest first.")
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=20, show_default=True, help="How many, newest first."
+    "--limit",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="How many at most, newest first unless they are sorted.",
 )
 @_as_json
 @_where
@@ -699,15 +709,20 @@ def list_(tracking_uri: str | None, spool_dir: str | None, *, as_json: bool, **w
 
     place = _place(tracking_uri, spool_dir)
     narrowed = which["experiment"] or which["state"] or which["only"]
-    found = inspection.listing(place, which.pop("experiment"), which.pop("limit"), _note, **which)
+    limit = which.pop("limit")
+    # One more than are shown tells whether there are more.
+    found = inspection.listing(place, which.pop("experiment"), limit + 1, _note, **which)
+    shown = found[:limit]
     if as_json:
-        click.echo(json.dumps([each.as_json() for each in found]))
-    elif found:
-        click.echo(inspection.table(found, which["sort_by"]))
+        _print_json([each.as_json() for each in shown])
+    elif shown:
+        click.echo(inspection.table(shown, which["sort_by"]))
     elif narrowed:
         click.echo("no such runs: python -m tracked.run list")
     else:
         click.echo("no runs yet: python -m tracked.run train EXPERIMENT.py")
+    if len(found) > limit:
+        _note(f"there are more than these {limit}: --limit {2 * limit}")
 
 
 @main.command()
@@ -733,7 +748,10 @@ def show(run: str, tracking_uri: str | None, spool_dir: str | None, *, tensors: 
         with tempfile.TemporaryDirectory(prefix="tracked-show-") as folder:
             inside = look_inside(retrieve(place, found.summary.run_id, Path(folder), _note).state)
         shown, text = shown | inside.as_json(), f"{text}\n\n{page(inside)}"
-    click.echo(json.dumps(shown) if as_json else text)
+    if as_json:
+        _print_json(shown)
+    else:
+        click.echo(text)
 
 
 @main.command()
@@ -768,7 +786,7 @@ def compare(
     if to is not None:
         comparison.draw(found, to)
     if as_json:
-        click.echo(json.dumps({**found.as_json(), "picture": str(to) if to else None}))
+        _print_json({**found.as_json(), "picture": str(to) if to else None})
         return
     click.echo(found.table())
     if to is not None:
@@ -783,11 +801,11 @@ def compare(
 @_where
 def verify(run: str, tracking_uri: str | None, spool_dir: str | None, *, as_json: bool) -> None:
     """Prove a run's history and checkpoints whole, or tell what is not."""
-    from tracked import inspection
+    from tracked import verification
 
-    proof = inspection.verify(_place(tracking_uri, spool_dir), run, _note)
+    proof = verification.verify(_place(tracking_uri, spool_dir), run, _note)
     if as_json:
-        click.echo(json.dumps({"run_id": proof.run_id, "whole": not proof.wrong, "wrong": proof.wrong}))
+        _print_json({"run_id": proof.run_id, "whole": not proof.wrong, "wrong": proof.wrong})
     else:
         for line in proof.proven:
             click.echo(f"ok     {line}")
@@ -829,7 +847,7 @@ def export(
     run_id, step, files = exports.export(place, run, form, options.pop("to"), _note, **options)
     if as_json:
         listed = [{"path": str(each.path), "bytes": each.bytes, "load": each.load} for each in files]
-        click.echo(json.dumps({"run_id": run_id, "step": step, "form": form, "files": listed}))
+        _print_json({"run_id": run_id, "step": step, "form": form, "files": listed})
     else:
         rows = [(str(each.path), readable(each.bytes), each.load) for each in files]
         click.echo(aligned([(f"step {step} of {run_id[:8]}", "size", "to load it"), *rows]))
@@ -851,7 +869,7 @@ def sync(timeout: float, tracking_uri: str | None, spool_dir: str | None, *, as_
     place = _place(tracking_uri, spool_dir)
     left = upkeep.sync(place, timeout, _note, everywhere=tracking_uri is None)
     if as_json:
-        click.echo(json.dumps({"undelivered": left}))
+        _print_json({"undelivered": left})
     sys.exit(UNDELIVERED if left else FINISHED)
 
 
@@ -865,7 +883,7 @@ def gc(tracking_uri: str | None, spool_dir: str | None, *, dry_run: bool, as_jso
 
     freed = upkeep.gc(_place(tracking_uri, spool_dir), dry_run=dry_run, say=_note)
     if as_json:
-        click.echo(json.dumps({"freed_bytes": freed}))
+        _print_json({"freed_bytes": freed})
 
 
 @main.command()

@@ -1,36 +1,28 @@
-"""What runs there are and how they stand: on the server, in this machine's spool, and proven whole or not."""
+"""What runs there are and how they stand: on the server, and in this machine's spool."""
 
 from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracked import spool
-from tracked.address import redact
-from tracked.errors import (
-    CheckpointError,
-    RecordRejected,
-    RunNotFound,
-    RunNotResumable,
-    ServerError,
-    ServerUnavailable,
-    UsageError,
-)
+from tracked.address import PLUGIN, redact
+from tracked.errors import RecordRejected, RunNotFound, RunNotResumable, ServerError, UsageError
 from tracked.journal import START, Reader
 from tracked.names import (
     ATTEMPT,
     CHECKPOINT,
     DIVERGED_AT,
     EXACT,
+    EXPERIMENT_FILE,
     FILE,
     FORK,
     HANDLE,
@@ -40,23 +32,23 @@ from tracked.names import (
     ORIGIN,
     OURS,
     OVERRIDE,
-    POINTS,
     SETTINGS,
     STATE,
     STOP_REASON,
     SWEEP,
-    folder_name,
     is_system,
     newest_attempt,
     step_of,
+    told_best,
     validate_key,
 )
 from tracked.packing import unpack
 from tracked.place import Place
 from tracked.ranking import Mode, ranking
+from tracked.resumption import pointer_in
 from tracked.spool import RunFolder, is_held, read_json
-from tracked.tables import ago, aligned, distinct_length, readable
-from tracked.trial_runs import children, glance
+from tracked.tables import ago, aligned, distinct_length, one_line, readable
+from tracked.trial_runs import children, epochs_in, glance
 from tracked.trials import Trial
 
 if TYPE_CHECKING:
@@ -68,11 +60,13 @@ STATES = (
     *("running", "paused", "finished", "stopped_early", "stopped", "pruned", "failed", "crashed", "killed"),
     *("lost", "draining", "waiting"),
 )
-"""The first words of `true_state`."""
+"""The first words of `true_state`, for a run of this package."""
 
 LOST_AFTER_SECONDS = 60.0
 WAITING = "waiting for the server"
-_PATIENCE = 20.0  # seconds for an answer: nothing waits for these commands, and a history may be long
+_ENDED_BY_ITSELF = ("finished", "stopped_early", "stopped", "pruned", "paused")
+# Characters: of a cell in the list, of a name on a run's page, of any other text there.
+_CELL, _NAME, _LINE = 32, 80, 240
 
 
 @dataclass(frozen=True)
@@ -81,9 +75,10 @@ class Summary:
 
     Attributes:
         run_id: MLflow's ID; the local handle while the server has given none.
-        state: The true one, for people: a run that is marked as running may be lost.
+        state: The true one, for people: a run that is marked as running may be lost, or deleted.
         started: In ms since the epoch; 0 if it is not known.
-        best, last: Of the monitored metric.
+        best, last: Of the monitored metric. The best as the training itself has told it, to six digits, once
+            that has ended; before, the best of the history.
         undelivered: Points and other records that wait in this machine's spool.
         metrics: Every metric's last value.
     """
@@ -136,15 +131,6 @@ class Details:
         fields = asdict(self)
         metrics = {key: {"step": step, "value": value} for key, (step, value) in self.metrics.items()}
         return {**fields.pop("summary"), **fields, "metrics": metrics}
-
-
-@dataclass
-class Proof:
-    """What was checked of a run: lines that hold, and lines that do not."""
-
-    run_id: str
-    proven: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
 
 
 # -- what the spool knows
@@ -231,6 +217,8 @@ def _as_view(run: RunFolder) -> RunView:
 
 def true_state(view: RunView, local: Sequence[RunFolder]) -> str:
     """How the run stands, from what the server shows and what this machine sees."""
+    if HANDLE not in view.tags:
+        return view.status.lower()  # another tool sends no heartbeats, so silence says nothing
     if any(is_trained(run) for run in local):
         return "running"
     if any(run.journals() for run in local):
@@ -249,15 +237,15 @@ def summary_of(view: RunView, local: Sequence[RunFolder], best: float | None) ->
     pointer = object_in(view.tags.get(CHECKPOINT))
     monitor = settings.get("monitor")
     last = view.latest.get(monitor) if monitor else None
-    epoch = view.latest.get("epoch")
+    epoch = epochs_in(view)
     steps = [latest.step for key, latest in view.latest.items() if not is_system(key)]
     return Summary(
         run_id=view.run_id or view.tags[HANDLE],
         handle=view.tags.get(HANDLE, ""),
-        state=true_state(view, local),
+        state="deleted" if view.deleted else true_state(view, local),
         experiment=view.experiment_name or "",
         name=view.name,
-        epoch=int(epoch.value) if epoch else pointer.get("epoch"),
+        epoch=pointer.get("epoch") if epoch is None else epoch,
         step=max(steps, default=pointer.get("step")),
         monitor=monitor,
         best=best,
@@ -269,13 +257,24 @@ def summary_of(view: RunView, local: Sequence[RunFolder], best: float | None) ->
 
 
 def _best(server: Server, views: Sequence[RunView]) -> dict[str, float]:
-    """Run ID -> best value of the metric that the run monitors, where it has one that is a number."""
+    """Run ID -> best value of the metric that the run monitors, where it has one that is a number.
+
+    A history, which may be long, is read only where no training has told its best when it ended.
+    """
+    found: dict[str, float] = {}
     monitored: dict[str, dict[str, Mode]] = {}
     for view in views:
         settings = object_in(view.tags.get(SETTINGS))
-        if (key := settings.get("monitor")) in view.latest:
+        key, told = settings.get("monitor"), told_best(view.tags)
+        if key not in view.latest:
+            continue
+        # Who was killed has left the tag of an earlier attempt.
+        if told is not None and told[0] == key and view.tags.get(STATE) in _ENDED_BY_ITSELF:
+            _, value, step = told
+            last = view.latest[key]
+            found[view.run_id] = last.value if last.step == step else value
+        else:
             monitored.setdefault(key, {})[view.run_id] = "max" if settings.get("mode") == "max" else "min"
-    found: dict[str, float] = {}
     for key, modes in monitored.items():
         for run_id, history in server.histories([*modes], key).items():
             if best := best_point(history, modes[run_id]):
@@ -316,7 +315,8 @@ def listing(
         descending: With `sort_by`: the largest first.
 
     Raises:
-        UsageError: MLflow refuses the filter, the state is none, or no run has the metric.
+        UsageError: MLflow refuses the filter, the state is none, or there is no such experiment, or no run
+            with the metric.
         ServerError: The server does not answer, and the spool knows no run either, or `only` is to be applied.
     """
     from tracked.server import Server
@@ -339,6 +339,7 @@ def listing(
     local = folders(place)
     server = Server(place.tracking_uri, create=False)
     asked = {"order_by": order} if order else {}
+    known_experiments: list[str] | None = None  # not asked for
     try:
         views = server.search(
             experiment=experiment,
@@ -346,6 +347,8 @@ def listing(
             limit=limit if state is None else sys.maxsize,  # the server does not know the true state
             **asked,
         )
+        if experiment is not None and not views:
+            known_experiments = server.experiments()
         known = {view.tags[HANDLE] for view in views}
         unseen = [
             handle for handle in local if handle not in known and not _run_id(local[handle])
@@ -354,7 +357,7 @@ def listing(
         raise UsageError(
             f"MLflow refuses the filter {only!r}: {error.found}",
             expected="MLflow's search syntax: comparisons joined by AND",
-            try_next="""python -m tracked.run list --filter "metrics.`val/loss` < 0.1 AND params.lr = '0.01'\"""",
+            try_next="""python -m tracked.run list --filter 'metrics."val/loss" < 0.1 AND params.lr = "0.05"'""",
         ) from None
     except ServerError as error:
         if not local or only:
@@ -364,6 +367,8 @@ def listing(
     if not only:
         seen_here = [_as_view(local[handle][-1]) for handle in unseen]
         views += [view for view in seen_here if experiment in (None, view.experiment_name)]
+    if experiment is not None and not views and known_experiments is not None:
+        check_experiment(experiment, known_experiments, server.place)
     if sort_by is not None and views and not any(sort_by in view.latest for view in views):
         raise UsageError(
             f"no run has a metric {sort_by!r}",
@@ -392,9 +397,23 @@ def _place_of(latest: Latest | None, *, descending: bool) -> tuple[bool, float]:
     return False, -latest.value if descending else latest.value
 
 
+def check_experiment(name: str, known: Sequence[str], place: str) -> None:
+    """Refuse an experiment that is none.
+
+    Raises:
+        UsageError: It is not among those that are known.
+    """
+    if name not in known:
+        raise UsageError(
+            f"there is no experiment {name!r} on {place}",
+            expected=f"one of {some(known)}" if known else "an experiment with runs in it",
+            try_next="python -m tracked.run list",
+        )
+
+
 def some(names: Iterable[str], limit: int = 8) -> str:
     """Names for the text of an error."""
-    distinct = sorted(set(names))
+    distinct = sorted({one_line(name, _NAME) for name in names})
     return ", ".join(distinct[:limit]) + (" …" if len(distinct) > limit else "") if distinct else "a metric"
 
 
@@ -407,18 +426,18 @@ def table(runs: Sequence[Summary], metric: str | None = None) -> str:
     """
     length = distinct_length([run.run_id for run in runs])
     titles = ("run", "state", "experiment", "name", "epoch", "step", "best", "last")
-    rows = [(*titles, metric or "", "age", "undelivered")]
+    rows = [(*titles, one_line(metric or "", _CELL), "age", "undelivered")]
     for run in runs:
         age = ago(time.time() - run.started / 1000) if run.started else ""
         rows.append(
             (
                 run.run_id[:length],
-                run.state,
-                run.experiment,
-                run.name,
+                one_line(run.state, _CELL),
+                one_line(run.experiment, _CELL),
+                one_line(run.name, _CELL),
                 _count(run.epoch),
                 _count(run.step),
-                f"{run.monitor} {run.best:.4g}" if run.best is not None else "",
+                f"{one_line(run.monitor, _CELL)} {run.best:.4g}" if run.best is not None else "",
                 _shown(run.last),
                 _shown(run.metrics.get(metric)) if metric else "",
                 age,
@@ -495,22 +514,36 @@ def look(place: Place, word: str, say: Say) -> Details:
         checkpoints=checkpoints,
         attempts=max(newest_attempt(view.params)[0], int(view.tags.get(ATTEMPT, "1"))),
         facts={name: text for name, text in facts.items() if text},
-        try_next=_try_next(summary, resumable=committed >= 0 or bool(sweep)),
+        try_next=_try_next(server, view, summary),
         trials=[glance(child) for child in children(server, view.run_id)] if sweep and view.status else [],
         compared_by={name: sweep["settings"][name] for name in ("monitor", "mode")} if sweep else {},
     )
 
 
-def _try_next(run: Summary, *, resumable: bool) -> list[str]:
+def _try_next(server: Server, view: RunView, run: Summary) -> list[str]:
+    """The lines that get on with the run as it stands; none that could not work."""
     command = "python -m tracked.run"
+    if view.deleted:
+        return [f"MLFLOW_TRACKING_URI={shlex.quote(server.place)} mlflow runs restore --run-id {view.run_id}"]
+    has_checkpoint = pointer_in(view.tags) is not None
+    # What no experiment file made goes on in the script that made it.
+    script = ["--", "python", one_line(view.tags.get("mlflow.source.name") or "SCRIPT.py", _LINE)]
+    if HANDLE not in view.tags:
+        if not has_checkpoint or run.state == "finished":
+            return []
+        words = ["resume", run.run_id, "--tracking-uri", f"{PLUGIN}{server.place}", *script]
+        return [f"{command} {shlex.join(words)}"]
     if run.state == "running":
         return [f"{command} pause {run.run_id}"]
     if run.undelivered:
         return [f"{command} sync"]
     if run.state in ("finished", "stopped_early"):
         export = f"{command} export {run.run_id} --form weights --to weights"
-        return [f"{command} verify {run.run_id}", export]
-    return [f"{command} resume {run.run_id}"] if resumable else []
+        return [f"{command} verify {run.run_id}", *([export] if has_checkpoint else [])]
+    if SWEEP in view.tags:
+        return [f"{command} resume {run.run_id}"]
+    words = ["resume", run.run_id, *([] if EXPERIMENT_FILE in view.tags else script)]
+    return [f"{command} {shlex.join(words)}"] if has_checkpoint else []
 
 
 def page(run: Details) -> str:
@@ -533,34 +566,42 @@ def page(run: Details) -> str:
         **run.facts,
         "address": run.url or "python -m tracked.run ui",
     }
-    lines = [f"{name:<18}{text}" for name, text in facts.items() if text]
+    lines = [f"{name:<18}{one_line(text, _LINE)}" for name, text in facts.items() if text]
     # The attempt's claim is a param only because a param can be written once.
     params = {name: text for name, text in run.params.items() if not name.startswith("tracked.attempt.")}
     own = {name: text for name, text in params.items() if not name.startswith("loop.")}
     loop = {name: text for name, text in params.items() if name.startswith("loop.") and text != "None"}
-    for title, entries in (("params", own), ("loop", loop)):
-        if entries:
-            lines += [
-                "",
-                title,
-                *(f"  {name.removeprefix('loop.'):<26}{entries[name]}" for name in sorted(entries)),
-            ]
-    if run.metrics:
-        lines += ["", "metrics"]
-        lines += [
-            f"  {key:<26}{value:<14.6g}step {step}" for key, (step, value) in sorted(run.metrics.items())
-        ]
-    if run.checkpoints:
-        lines += ["", "checkpoints"]
-        for each in run.checkpoints:
-            standing = "committed" if each.committed else "not committed"
-            size, where = readable(each.bytes), " and ".join(each.where)
-            lines.append(f"  step {each.step:<10}{size:<12}{standing:<15}{where}")
+    lines += _section("params", [(name, own[name]) for name in sorted(own)])
+    lines += _section("loop", [(name.removeprefix("loop."), loop[name]) for name in sorted(loop)])
+    metrics = sorted(run.metrics.items())
+    lines += _section("metrics", [(key, f"{value:.6g}", f"step {step}") for key, (step, value) in metrics])
+    lines += _section(
+        "checkpoints",
+        [
+            (
+                f"step {each.step}",
+                readable(each.bytes),
+                "committed" if each.committed else "not committed",
+                " and ".join(each.where),
+            )
+            for each in run.checkpoints
+        ],
+    )
     if run.trials:
         by = run.compared_by
         lines += ["", ranking(run.trials, metric=by["monitor"], mode=by["mode"])]
     lines += ["", *(f"next: {command}" for command in run.try_next)]
     return "\n".join(lines).rstrip()
+
+
+def _section(title: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows under a title, with an empty line before it; nothing without rows."""
+    if not rows:
+        return []
+    cells = [
+        (f"  {one_line(name, _NAME)}", *(one_line(cell, _LINE) for cell in others)) for name, *others in rows
+    ]
+    return ["", aligned([(title, *[""] * (len(rows[0]) - 1)), *cells])]
 
 
 # -- which run
@@ -628,167 +669,6 @@ def refuse_foreign(view: RunView) -> None:
 
 def _run_id(runs: Sequence[RunFolder]) -> str:
     return next((str(run_id) for run in runs if (run_id := run.about.get("run_id"))), "")
-
-
-# -- verify
-
-
-def verify(place: Place, word: str, say: Say) -> Proof:
-    """Check that the history is whole, each point once, and that the checkpoints are what they should be.
-
-    Of a run that is being trained, what is up to its committed checkpoint is checked.
-
-    Raises:
-        RunNotFound: There is no such run, or several.
-        RunNotResumable: It was not made by this package.
-        ServerError: The server does not answer.
-    """
-    from tracked.server import Server
-
-    server = Server(place.tracking_uri, timeout=_PATIENCE, create=False)
-    view, local = find(server, place, word, say)
-    refuse_foreign(view)
-    proof = Proof(view.run_id or view.tags[HANDLE])
-    running = true_state(view, local) == "running"
-    waiting = sum(undelivered(run) for run in local)
-    if running:
-        proof.proven.append("the run is being trained: checked up to its committed checkpoint")
-    elif waiting:
-        proof.wrong.append(f"{waiting} records wait in the spool; try: python -m tracked.run sync")
-    if not view.status:
-        proof.wrong.append("the server was not asked, or does not have the run yet")
-        return proof
-    _verify_rejected(local, proof)
-    histories = _verify_history(server, view, proof)
-    if SWEEP in view.tags:
-        proof.proven.append(
-            "the parent of a sweep has no checkpoints; its trials have, each a run of its own"
-        )
-        return proof
-    manifest = _verify_checkpoints(server, view, proof, running=running)
-    if manifest is not None:
-        _verify_counts(histories, manifest, proof)
-    state = view.tags.get(STATE)
-    if state in ("finished", "stopped_early") and POINTS in view.tags and not running:
-        found = sum(len(steps) for key, steps in histories.items() if not is_system(key))
-        logged = int(view.tags[POINTS])
-        _note(
-            proof,
-            found == logged,
-            f"the training logged {logged} points, and so many are there",
-            f"the training logged {logged} points, and {found} are there",
-        )
-    return proof
-
-
-def _verify_rejected(local: Sequence[RunFolder], proof: Proof) -> None:
-    for run in local:
-        rejected = run.path / "rejected.jsonl"
-        if rejected.exists():
-            proof.wrong.append(
-                f"the server found {len(rejected.read_text().splitlines())} records invalid: {rejected}"
-            )
-
-
-def _verify_history(server: Server, view: RunView, proof: Proof) -> dict[str, list[int]]:
-    """The steps of each key, ascending."""
-    histories: dict[str, list[int]] = {}
-    twice = 0
-    for key in sorted(view.latest):
-        steps = [step for step, _, _ in server.history(view.run_id, key)]
-        repeated = sorted({step for step, following in pairwise(steps) if step == following})
-        if repeated:
-            twice += 1
-            shown = ", ".join(map(str, repeated[:5])) + (" …" if len(repeated) > 5 else "")
-            proof.wrong.append(f"{key} stands more than once at step {shown}")
-        histories[key] = steps
-    if not twice:
-        total = sum(map(len, histories.values()))
-        proof.proven.append(f"{total} points of {len(histories)} metrics, each (metric, step) once")
-    return histories
-
-
-def _verify_counts(histories: dict[str, list[int]], manifest: dict[str, Any], proof: Proof) -> None:
-    step, counts = manifest["step"], manifest.get("points", {})
-    found = {key: sum(at <= step for at in steps) for key, steps in histories.items() if not is_system(key)}
-    differing = [
-        f"{key}: {found.get(key, 0)} of {counts.get(key, 0)}"
-        for key in sorted({*counts, *(key for key, count in found.items() if count)})
-        if found.get(key, 0) != counts.get(key, 0)
-    ]
-    _note(
-        proof,
-        not differing,
-        f"all {sum(counts.values())} points up to step {step}, as the checkpoint counts them",
-        f"up to step {step} there are other points than the checkpoint counts: {'; '.join(differing)}",
-    )
-
-
-def _verify_checkpoints(
-    server: Server, view: RunView, proof: Proof, *, running: bool
-) -> dict[str, Any] | None:
-    """Download and check each; the manifest of the one that the tag names, if it is sound."""
-    pointer = object_in(view.tags.get(CHECKPOINT))
-    steps = sorted(
-        step for name in server.directories(view.run_id, "checkpoints") if (step := step_of(name)) is not None
-    )
-    committed = pointer.get("step")
-    if committed is None:
-        (proof.proven if running else proof.wrong).append("no checkpoint is committed")
-    elif committed not in steps:
-        proof.wrong.append(f"the tag names the checkpoint of step {committed}, which is not on the server")
-    named: dict[str, Any] | None = None
-    for step in steps:
-        if committed is None or step > committed:
-            proof.proven.append(f"checkpoint of step {step}: not committed, so resume does not use it")
-            continue
-        try:
-            manifest = _sound(server, view.run_id, step)
-        except ServerUnavailable:
-            raise
-        except CheckpointError as error:
-            # A training deletes what is superseded, also while this looks.
-            if not running or folder_name(step) in server.directories(view.run_id, "checkpoints"):
-                proof.wrong.append(f"checkpoint of step {step}: {error.found}")
-            continue
-        if step == committed:
-            named = manifest
-            if manifest["sha256"] != pointer.get("sha256") or manifest["bytes"] != pointer.get("bytes"):
-                proof.wrong.append(f"checkpoint of step {step}: whole, and not the one that the tag names")
-                continue
-        size = readable(manifest["bytes"])
-        tag = ", named by the tag" if step == committed else ""
-        proof.proven.append(
-            f"checkpoint of step {step}: {size}, SHA-256 as recorded, loads as plain data{tag}"
-        )
-    return named
-
-
-def _sound(server: Server, run_id: str, step: int) -> dict[str, Any]:
-    """The manifest of a checkpoint whose file is what it says.
-
-    Raises:
-        CheckpointError: It is not.
-    """
-    from tracked.checkpoint import load
-
-    with tempfile.TemporaryDirectory(prefix="tracked-verify-") as folder:
-        directory = f"checkpoints/{folder_name(step)}"
-        manifest = read_json(server.download(run_id, f"{directory}/{MANIFEST}", Path(folder) / MANIFEST))
-        if not isinstance(manifest.get("sha256"), str) or manifest.get("step") != step:
-            raise CheckpointError("its manifest cannot be read, or is another step's")
-        file = server.download(run_id, f"{directory}/{FILE}", Path(folder) / FILE)
-        size = file.stat().st_size
-        if size != manifest.get("bytes"):
-            raise CheckpointError(f"the file has {size} bytes instead of {manifest.get('bytes')}")
-        state = load(file, manifest["sha256"])
-        if state["step"] != step:
-            raise CheckpointError(f"the file holds step {state['step']}")
-    return manifest
-
-
-def _note(proof: Proof, holds: bool, so: str, otherwise: str) -> None:
-    (proof.proven if holds else proof.wrong).append(so if holds else otherwise)
 
 
 # -- words and numbers

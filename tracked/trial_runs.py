@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from tracked.names import BEST, PARENT, STATE, TRIAL
+from tracked.names import PARENT, STATE, TRIAL, told_best
 from tracked.trials import Trial, TrialState, best_value
 
 if TYPE_CHECKING:
@@ -43,14 +43,22 @@ def glance(view: RunView) -> Trial:
     """A trial by what its run shows at once; its reports are not read."""
     told = described(view)
     state = STATES.get(view.tags.get(STATE, ""), "running")
-    epoch = view.latest.get("epoch")
-    # "val/accuracy 0.98 at step 92"
-    words = view.tags.get(BEST, "").rsplit(" at step ", 1)[0].rsplit(" ", 1)
-    if state == "failed" and told.get("until") is not None and len(words) > 1:
+    best = told_best(view.tags)
+    if state == "failed" and told.get("until") is not None and best is not None:
         state = "finished"  # on its way further, which takes nothing from what it had reached
-    value = float(words[1]) if state == "finished" and len(words) > 1 else None
-    epochs = 0 if epoch is None else int(epoch.value)
-    return Trial(int(told["number"]), state, told["params"], {}, value, view.run_id, epochs)
+    value = best[1] if state == "finished" and best is not None else None
+    return Trial(int(told["number"]), state, told["params"], {}, value, view.run_id, epochs_in(view) or 0)
+
+
+def epochs_in(view: RunView) -> int | None:
+    """The epochs that a run has completed, by the last value of its metric `epoch`; None if that tells none."""
+    latest = view.latest.get("epoch")
+    return None if latest is None else _whole(latest.value)
+
+
+def _whole(value: float) -> int | None:
+    """The whole part of a number; None for NaN, and for what is too large to count."""
+    return int(value) if abs(value) < 2**53 else None
 
 
 def read(server: Server, view: RunView, *, metric: str, mode: Literal["min", "max"], unit: str) -> Trial:
@@ -66,7 +74,8 @@ def read(server: Server, view: RunView, *, metric: str, mode: Literal["min", "ma
     Raises:
         ServerError: The server does not answer.
     """
-    epochs = {step: int(value) for step, _, value in server.history(view.run_id, "epoch")}
+    history = server.history(view.run_id, "epoch")
+    epochs = {step: epoch for step, _, value in history if (epoch := _whole(value)) is not None}
     reports: dict[int, float] = {}
     for step, _, value in server.history(view.run_id, metric):
         at = epochs.get(step) if unit == "epoch" else step
