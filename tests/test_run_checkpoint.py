@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
 import textwrap
 from importlib.util import find_spec
@@ -210,6 +212,8 @@ BY_HAND = """
         print(run.info.run_id, flush=True)
         for step in range(begun, 10):
             mlflow.log_metric("loss", (9.0 if "other" in sys.argv else 1.0) / (step + 1), step=step)
+            if step % 3 == 2:
+                mlflow.log_metric("val/accuracy", step / 10, step=step // 3)
             pathlib.Path("state.txt").write_text(str(step + 1))
             if step in (3, 6):
                 tracked.LoggedRun(run.info.run_id).save_checkpoint("state.txt", step + 1, next_step=step + 1)
@@ -235,6 +239,8 @@ def test_other_values_are_told_and_not_written_beside_the_first(remote_workplace
     client = MlflowClient(workplace.tracking_uri)
     points = [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")]
     assert points == [*((step, 1 / (step + 1)) for step in range(9)), (9, 0.9)]
+    # Its steps are epochs, and none of them lies beyond the checkpoint's step.
+    assert [point.step for point in client.get_metric_history(run_id, "val/accuracy")] == [0, 1, 2]
     assert client.get_run(run_id).data.tags["mlflow.tracked.diverged_at"] == "loss at step 7"
 
 
@@ -291,6 +297,63 @@ def test_a_damaged_checkpoint_is_refused(
 
     with pytest.raises(CheckpointError, match="is damaged"):
         LoggedRun(run_id, workplace.tracking_uri).fetch_checkpoint()
+
+
+def test_what_a_kill_leaves_of_a_checkpoint_delays_no_program_and_is_freed(
+    remote_workplace: Workplace,
+) -> None:
+    workplace = remote_workplace
+    (workplace.path / "train.py").write_text(textwrap.dedent(BY_HAND))
+    address = {"MLFLOW_TRACKING_URI": f"tracked+{workplace.tracking_uri}"}
+    stdout, _ = workplace.program("train.py", env=address).communicate(timeout=200)
+    run_id = stdout.split()[0]
+    [outbox] = workplace.outboxes()
+    checkpoints = outbox.called(run_id).checkpoints
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    left = [checkpoints / f".saving-{gone.pid}-abc", checkpoints / "step-00000009"]
+    being_written = checkpoints / f".saving-{os.getpid()}-abc"
+    for folder in (*left, being_written):
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.txt").write_text("1000")
+
+    line = f"import mlflow; mlflow.MlflowClient().set_tag({run_id!r}, 'a', 'b')"
+    _, stderr = workplace.program("-c", line, env=address).communicate(timeout=50)
+    assert stderr == ""
+
+    workplace.tracked("gc")
+    assert [folder for folder in left if folder.exists()] == []
+    assert being_written.exists()
+
+
+@pytest.mark.skipif(find_spec("lightning") is None, reason="pip install lightning")
+def test_checkpoints_that_lightning_writes_later_are_refused(remote_workplace: Workplace) -> None:
+    script = textwrap.dedent(LIGHTNING).replace("EXPERIMENT", "later").replace("EVERY", "None")
+    later = "plugins=[pl.plugins.io.AsyncCheckpointIO()], callbacks="
+    (remote_workplace.path / "train.py").write_text(script.replace("callbacks=", later))
+    address = {"MLFLOW_TRACKING_URI": f"tracked+{remote_workplace.tracking_uri}"}
+
+    process = remote_workplace.program("train.py", "later", env=address)
+    _, stderr = process.communicate(timeout=200)
+
+    assert process.returncode == 1
+    assert "RunCheckpoint cannot know when AsyncCheckpointIO has written a checkpoint" in stderr
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="pip install transformers")
+def test_a_checkpoint_that_is_not_where_it_should_be_ends_no_training(remote_workplace: Workplace) -> None:
+    script = textwrap.dedent(HUGGING_FACE).replace("EXPERIMENT", "elsewhere").replace("EVERY", "4")
+    moved = "import shutil\nclass Moves(transformers.TrainerCallback):\n"
+    moved += "    def on_save(self, args, *_, **__):\n        shutil.rmtree(args.output_dir)\n"
+    script = script.replace("mlflow.set_experiment(", f"{moved}mlflow.set_experiment(")
+    (remote_workplace.path / "train.py").write_text(script.replace("Dying(), ", "Moves(), "))
+    address = {"MLFLOW_TRACKING_URI": f"tracked+{remote_workplace.tracking_uri}"}
+
+    process = remote_workplace.program("train.py", "elsewhere", env=address)
+    _, stderr = process.communicate(timeout=200)
+
+    assert process.returncode == 0, stderr
+    assert "there is no checkpoint at" in stderr
 
 
 def test_a_checkpoint_that_does_not_exist_is_refused(tmp_path: Path) -> None:

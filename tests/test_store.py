@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import subprocess
 import textwrap
@@ -13,6 +14,7 @@ from multiprocessing import get_context
 from multiprocessing.context import ForkProcess, SpawnProcess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunStatus, RunTag
@@ -300,6 +302,82 @@ def test_what_mlflow_refuses_is_refused_at_once_and_in_the_same_way(
     assert codes[0] == codes[1]
 
 
+UNCARRIED: dict[str, Callable[[TrackingStore, str], object]] = {
+    "half of a character, in a tag": lambda store, run: store.set_tag(run, RunTag("a", "caf\udce9")),
+    "half of a character, in a param": lambda store, run: store.log_param(run, Param("a", "caf\udce9")),
+    "half of a character, in a batch": lambda store, run: store.log_batch(run, [], [], [RunTag("a", "\udce9")]),
+    "no value": lambda store, run: store.set_tag(run, RunTag("a", None)),  # type: ignore[arg-type]
+    "an end in text": lambda store, run: store.update_run_info(run, RunStatus.FINISHED, "now", None),  # type: ignore[arg-type]
+    "an end of 70 bits": lambda store, run: store.update_run_info(run, RunStatus.FINISHED, 1 << 70, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", UNCARRIED)
+def test_what_no_request_can_carry_is_refused_at_once(store: TrackingStore, call: str) -> None:
+    run_id = new_run(store)
+
+    with pytest.raises((TypeError, ValueError)):
+        UNCARRIED[call](store, run_id)
+
+    store.log_metric(run_id, Metric("loss", 1.0, NOW, 1))
+    assert store.get_run(run_id).data.metrics == {"loss": 1.0}
+    assert store.get_run(run_id).info.status == "RUNNING"
+
+
+def test_bytes_and_numbers_of_other_kinds_are_carried_as_mlflow_carries_them(store: TrackingStore) -> None:
+    run_id = new_run(store)
+    store.set_tag(run_id, RunTag("a", b"x"))  # type: ignore[arg-type]
+    store.update_run_info(run_id, RunStatus.FINISHED, np.int64(NOW), None)  # type: ignore[arg-type]
+
+    run = store.get_run(run_id)
+
+    assert (run.data.tags["a"], run.info.end_time) == ("x", NOW)
+
+
+def test_a_model_that_does_not_exist_is_refused_at_once(store: TrackingStore) -> None:
+    run_id = new_run(store)
+
+    with pytest.raises(MlflowException, match="m-none"):
+        store.log_metric(run_id, Metric("a", 1.0, NOW, 1, "m-none"))
+
+
+def test_a_record_that_cannot_be_sent_is_left_out_and_holds_up_nothing(
+    behind_front: TrackingStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    unsent = {
+        "tags": {"a": "\udce9"},
+        "status": {"status": "FINISHED", "end_time": "now"},
+        "linked": Metric("a", 1.0, NOW, 1, "m-none").to_dictionary(),
+    }
+    runs = [new_run(behind_front) for _ in unsent]
+    for run_id, (kind, body) in zip(runs, unsent.items(), strict=True):
+        behind_front._calls.add(run_id, kind, body)
+        behind_front.log_metric(run_id, Metric("loss", 1.0, NOW, 1))
+
+    assert [behind_front.get_run(run_id).data.metrics["loss"] for run_id in runs] == [1.0, 1.0, 1.0]
+    behind_front._calls.finish()
+    assert caplog.text.count("left out, as it cannot be delivered") == 3
+
+
+def test_a_full_disk_is_told_where_something_is_read_and_at_the_end(
+    behind_front: TrackingStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, run_id = behind_front, new_run(behind_front)
+
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tracked.journal.Journal._write", full)
+        store.log_metric(run_id, Metric("loss", 1.0, NOW, 1))
+        with pytest.raises(ReadTimeout, match=r"in memory alone: .*No space left on device"):
+            store.get_run(run_id)
+        store._calls.finish()
+        assert f"what was logged last to run {run_id} is lost" in capsys.readouterr().err
+
+    assert store.get_run(run_id).data.metrics == {"loss": 1.0}
+
+
 def test_a_param_that_another_process_has_logged_is_refused_too(
     store: TrackingStore, mlflows_own: RestStore
 ) -> None:
@@ -318,6 +396,34 @@ def test_a_deleted_run_is_refused(store: TrackingStore) -> None:
 
     with pytest.raises(MlflowException, match="active"):
         store.log_metric(run_id, Metric("loss", 1.0, NOW, 1))
+
+
+def test_a_run_that_is_deleted_with_its_experiment_is_refused(store: TrackingStore) -> None:
+    experiment_id = store.create_experiment(uuid.uuid4().hex, None, None)
+    run_id = store.create_run(experiment_id, "me", NOW, [], "a run").info.run_id
+    store.log_metric(run_id, Metric("loss", 1.0, NOW, 1))
+    store.delete_experiment(experiment_id)
+
+    with pytest.raises(MlflowException, match="active"):
+        store.log_metric(run_id, Metric("loss", 1.0, NOW, 2))
+
+
+def test_a_run_that_somebody_has_deleted_holds_up_no_search_and_gets_its_points_when_it_is_restored(
+    store: TrackingStore, server_uri: str
+) -> None:
+    run_id, other = new_run(store), new_run(store)
+    theirs = MlflowClient(server_uri)
+    theirs.delete_run(run_id)
+    store.log_metric(run_id, Metric("loss", 1.0, NOW, 1))
+    store.log_metric(other, Metric("loss", 2.0, NOW, 1))
+
+    found = store.search_runs(["0"], f"attributes.run_id = '{other}'", 1, 10, None, None)
+    assert [run.data.metrics for run in found] == [{"loss": 2.0}]
+    with pytest.raises(ReadTimeout, match="was deleted"):
+        store.get_metric_history(run_id, "loss")
+
+    theirs.restore_run(run_id)
+    wait_until(lambda: history(server_uri, run_id) == [(1, NOW, 1.0)], "the point")
 
 
 # -- when something fails on the way

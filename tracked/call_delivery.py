@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tracked.delivery import Delivery
+from tracked.errors import RecordRejected
 from tracked.journal import Place, Reader
 from tracked.names import MANIFEST, folder_name
 from tracked.resumption import pointer_in
@@ -38,7 +39,10 @@ class CallDelivery(Delivery):
     def _send_by_itself(self, kind: str, body: Any) -> None:
         assert self.view is not None
         if kind == "status":
-            self.server.set_status(self.view.run_id, body["status"], body["end_time"])
+            try:
+                self.server.set_status(self.view.run_id, body["status"], body["end_time"])
+            except RecordRejected as error:
+                self._reject("status", body, error)
         else:
             super()._send_by_itself(kind, body)
 

@@ -35,8 +35,11 @@ _POLL_SECONDS = 0.005
 
 
 def read_timeout() -> float:
-    """How long a read waits for what was written before it: `TRACKED_READ_TIMEOUT`, else 60 s."""
-    return float(os.environ.get("TRACKED_READ_TIMEOUT", "60"))
+    """How long a call waits that needs the server's answer: `TRACKED_READ_TIMEOUT`, else 300 s.
+
+    Whether for what was written before a read, or for the ID of a new run: not shorter than MLflow itself does.
+    """
+    return float(os.environ.get("TRACKED_READ_TIMEOUT", "300"))
 
 
 def drain_timeout() -> float:
@@ -51,6 +54,9 @@ class _Writer:
         self.folder = folder
         self.entries: list[tuple[str, Any]] = []
         self.undelivered = False
+        self.trouble = ""
+        """Why what was logged is in memory alone."""
+        self.rejected = folder.about.get("rejected", 0)
         self.told: set[str] = set()
         self._journal: Journal | None = None
         self._written = 0.0
@@ -144,18 +150,27 @@ class Calls:
         """Return once what this process wrote before is on the server.
 
         Args:
-            run_id: Only for this run, and then for other processes of this machine too; None: for all runs.
+            run_id: Only for this run, and then for other processes of this machine too; None: for all runs, but
+                those that were deleted on the server.
 
         Raises:
             NotDelivered: It is not after `TRACKED_READ_TIMEOUT`.
         """
         self.flush()
+        for writer in list(self._writers.values()):
+            if writer.trouble and run_id in (None, writer.folder.handle):
+                raise NotDelivered(
+                    f"what was logged to run {writer.folder.handle} is in memory alone: {writer.trouble}",
+                    expected="a spool that can be written to",
+                    try_next="the same again, once it can be",
+                )
         folders = self._undelivered() if run_id is None else [self.outbox.called(run_id)]
         waiting = [end for folder in folders for end in _ends(folder)]
         seconds = read_timeout()
-        late = self._await(waiting, seconds)
-        if late:
-            folder = RunFolder(late[0][0].parent)
+        for journal, _ in self._await(waiting, seconds):
+            folder = RunFolder(journal.parent)
+            if run_id is None and _is_deleted(folder):
+                continue
             trouble = folder.about.get("trouble")
             raise NotDelivered(
                 f"what was logged to run {folder.handle} has not reached the server after {seconds:g} s"
@@ -170,7 +185,7 @@ class Calls:
         urged = 0.0
         while waiting := [each for each in waiting if not _is_delivered(*each)]:
             now = time.monotonic()
-            if now > deadline:
+            if now > deadline or all(_is_deleted(RunFolder(journal.parent)) for journal, _ in waiting):
                 break
             if now - urged > LOOK_AFTER_SECONDS:
                 urged = now
@@ -198,7 +213,9 @@ class Calls:
             for writer in list(self._writers.values()):
                 try:
                     writer.flush(close=close)
+                    writer.trouble = ""
                 except SpoolError as error:
+                    writer.trouble = error.found
                     _tell_once(writer, f"{error}\n  what is logged is kept in memory meanwhile")
 
     def _undelivered(self) -> list[RunFolder]:
@@ -211,7 +228,9 @@ class Calls:
         with self._lock:  # nothing may be flushed between the look and the note
             found = [writer for writer in self._writers.values() if writer.undelivered]
             for writer in found:
-                writer.undelivered = bool(_ends(writer.folder)) or _holds_checkpoints(writer.folder)
+                writer.undelivered = bool(writer.trouble or _ends(writer.folder)) or _holds_checkpoints(
+                    writer.folder
+                )
         found = [writer for writer in found if writer.undelivered]
         for writer in found:
             about = writer.folder.about
@@ -221,8 +240,7 @@ class Calls:
                     f"nothing is delivered at the moment: {trouble}\n"
                     "  the program goes on, and what it logs waits in the spool",
                 )
-            if about.get("rejected"):
-                _tell_once(writer, f"left out, as it cannot be delivered: {about.get('rejected_reason')}")
+            _tell_rejected(writer)
         if found:
             self.ensure_sender()
 
@@ -249,8 +267,14 @@ class Calls:
             self._await(waiting, drain_timeout())
             while any(map(_holds_checkpoints, folders)) and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
+        for writer in self._writers.values():
+            _tell_rejected(writer)
         for writer, folder in zip(writers, folders, strict=True):
             writer.undelivered = False  # a child of `multiprocessing` comes here twice
+            if writer.trouble:
+                sys.stderr.write(
+                    f"tracked: what was logged last to run {folder.handle} is lost: {writer.trouble}\n"
+                )
             late = [journal for journal, _ in _ends(folder)]
             if not late and not _holds_checkpoints(folder):
                 continue
@@ -314,7 +338,20 @@ def _is_delivered(journal: Path, end: Place) -> bool:
 
 def _holds_checkpoints(folder: RunFolder) -> bool:
     """Whether one that other code has saved is not on the server yet."""
-    return any(folder.checkpoints.glob("step-*"))
+    # Without a journal nothing tells of it: a program was killed while it saved.
+    return bool(folder.journals()) and any(folder.checkpoints.glob("step-*"))
+
+
+def _is_deleted(folder: RunFolder) -> bool:
+    """Whether the server has the run in its bin, and takes nothing for it until it is restored."""
+    about = folder.about
+    return bool(about.get("deleted") and about.get("trouble"))
+
+
+def _tell_rejected(writer: _Writer) -> None:
+    about = writer.folder.about
+    if about.get("rejected", 0) > writer.rejected:
+        _tell_once(writer, f"left out, as it cannot be delivered: {about.get('rejected_reason')}")
 
 
 def _tell_once(writer: _Writer, text: str) -> None:

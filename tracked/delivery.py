@@ -61,7 +61,7 @@ LONGEST_UPLOAD_REST = 5.0
 """… but for no more than so many seconds: who loses the machine loses what had not arrived."""
 _MODEL_TRIES = 10
 """So often a model is sent to a server that answers everything else."""
-_POINTER = ("step", "next_step", "epoch", "path", "sha256", "bytes")
+_POINTER = ("step", "next_step", "saved_at", "epoch", "path", "sha256", "bytes")
 
 
 def watch_seconds() -> float:

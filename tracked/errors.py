@@ -123,6 +123,10 @@ class ServerRefused(ServerError):
     """The address or the credentials are wrong: 401, 403, 404, or a page of HTML."""
 
 
+class RunDeleted(ServerRefused):
+    """The run lies in the server's bin, from where it can be restored."""
+
+
 class NoSuchRun(ServerError):
     """The server answered that it does not have this run."""
 

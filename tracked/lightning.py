@@ -12,9 +12,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from tracked.address import PLUGIN
-from tracked.errors import SpoolError, UsageError
+from tracked.errors import TrackedError, UsageError
 from tracked.logged_run import LoggedRun
 
 log = logging.getLogger("tracked")
@@ -32,7 +33,7 @@ class RunCheckpoint(Checkpoint):
         keep_last: So many stay on the server.
 
     Raises:
-        UsageError: When the training begins: no such logger.
+        UsageError: When the training begins: no such logger, or checkpoints that are written later than saved.
     """
 
     def __init__(
@@ -45,6 +46,12 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return  # the loggers of the other ranks know no run
+        if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+            raise UsageError(
+                "RunCheckpoint cannot know when AsyncCheckpointIO has written a checkpoint",
+                expected="one that is written when `save_checkpoint` returns",
+                try_next="Trainer(…) without that plugin: RunCheckpoint sends beside the training anyway",
+            )
         for logger in trainer.loggers:
             uri = getattr(logger, "_tracking_uri", None)
             if isinstance(logger, MLFlowLogger) and str(uri).startswith(PLUGIN) and logger.run_id:
@@ -101,7 +108,7 @@ class RunCheckpoint(Checkpoint):
         self._saved = None
         try:
             self._run.save_checkpoint(path, step, next_step=next_step, epoch=epoch, keep_last=self._keep_last)
-        except SpoolError as error:  # a full disk does not end a training
+        except TrackedError as error:  # a full disk does not end a training
             log.warning("%s", error)
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -8,9 +8,11 @@ all points that were logged before it. `resume RUN -- COMMAND` has the command f
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,12 +23,13 @@ from tracked.errors import CheckpointError
 from tracked.names import HANDLE, MANIFEST, folder_name, step_of
 from tracked.place import Place
 from tracked.resumption import pointer_in, resumed_run_id
-from tracked.spool import unusable, write_json
+from tracked.spool import RunFolder, unusable, write_json
 
 if TYPE_CHECKING:
     from tracked.server import RunView
 
 _NAME = "checkpoint"
+_SAVING = ".saving-"
 _PATIENCE = 60.0  # seconds for an answer
 
 
@@ -76,7 +79,9 @@ class LoggedRun:
         name = f"{_NAME}.tar" if source.is_dir() else f"{_NAME}{source.suffix}"
         try:
             # Among the checkpoints, so that a sender with nothing else to send leaves the folder where it is.
-            with tempfile.TemporaryDirectory(dir=folder.checkpoints, prefix=".saving-") as temp:
+            with tempfile.TemporaryDirectory(
+                dir=folder.checkpoints, prefix=f"{_SAVING}{os.getpid()}-"
+            ) as temp:
                 copy = Path(temp) / folder_name(step) / name
                 copy.parent.mkdir()
                 _copy(source, copy)
@@ -99,7 +104,8 @@ class LoggedRun:
         for overtaken in waiting[1:-1]:  # the oldest may be on its way, and would begin anew for ever
             shutil.rmtree(folder.checkpoints / folder_name(overtaken), ignore_errors=True)
         path_there = f"checkpoints/{folder_name(step)}/{name}"
-        body = {**about, "file": name, "path": path_there, "keep_last": keep_last}
+        saved_at = time.time_ns() // 1_000_000
+        body = {**about, "saved_at": saved_at, "file": name, "path": path_there, "keep_last": keep_last}
         journaled.add(self.run_id, "checkpoint", body)
         journaled.flush()
 
@@ -162,6 +168,26 @@ def find(place: Place, word: str, say: Callable[[str], None]) -> RunView:
     if HANDLE not in view.tags:
         drain(place, [box.called(view.run_id) for box in spool.outboxes(place.spool)], say)
     return view
+
+
+def left_behind(folder: RunFolder) -> list[Path]:
+    """What programs that were killed while they saved a checkpoint have left of it."""
+    halves = [
+        path for path in folder.checkpoints.glob(f"{_SAVING}*") if not _is_alive(path.name.split("-")[1])
+    ]
+    # Whole, but no record tells of it, and none will.
+    whole = [] if folder.journals() or halves else folder.checkpoints.glob("step-*")
+    return [*halves, *whole]
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _copy(source: Path, copy: Path) -> None:

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tracked.names import CHECKPOINT, same, stored
@@ -25,7 +26,8 @@ def pointer_in(tags: Mapping[str, str]) -> dict[str, Any] | None:
     """What a run's tags name as its last committed checkpoint; None if they name none that can be.
 
     Returns:
-        `step`, `next_step` (the first one that is logged after it), `path` and `sha256`.
+        `step`, `next_step` (the first one that is logged after it), `saved_at` (milliseconds since 1970,
+        infinity where it is not known), `path` and `sha256`.
     """
     try:
         pointer = json.loads(tags[CHECKPOINT])
@@ -33,6 +35,7 @@ def pointer_in(tags: Mapping[str, str]) -> dict[str, Any] | None:
         return {
             "step": step,
             "next_step": int(pointer.get("next_step", step + 1)),
+            "saved_at": float(pointer.get("saved_at", math.inf)),
             "path": str(pointer["path"]),
             "sha256": str(pointer["sha256"]),
         }
@@ -40,10 +43,23 @@ def pointer_in(tags: Mapping[str, str]) -> dict[str, Any] | None:
         return None
 
 
-def first_step(tags: Mapping[str, str]) -> float:
-    """The first step that is logged again; without a checkpoint all of them are."""
-    pointer = pointer_in(tags)
-    return -math.inf if pointer is None else pointer["next_step"]
+@dataclass(frozen=True)
+class Edge:
+    """Where a checkpoint ends, and what is logged again begins; without a checkpoint that is everything.
+
+    A metric may have steps of its own, such as epochs: what was logged after the checkpoint lies beyond it too.
+    """
+
+    step: float = -math.inf
+    saved_at: float = math.inf
+
+    @classmethod
+    def of(cls, tags: Mapping[str, str]) -> Edge:
+        pointer = pointer_in(tags)
+        return cls() if pointer is None else cls(pointer["next_step"], pointer["saved_at"])
+
+    def is_before(self, step: int, timestamp: int) -> bool:
+        return step >= self.step or timestamp >= self.saved_at
 
 
 class Resumption:
@@ -83,11 +99,11 @@ class Resumption:
         return recorded != value
 
 
-def points_again(history: list[tuple[int, float]], first: float) -> dict[int, float]:
-    """Of one key's points those that would be logged again: step -> value.
+def points_again(history: Iterable[tuple[int, int, float]], edge: Edge) -> dict[int, float]:
+    """Of one key's points (step, timestamp, value) those that would be logged again: step -> value.
 
     None of a key that has several values at one step: it is logged without a step of its own.
     """
     points: dict[int, float] = {}
-    beyond = [(step, value) for step, value in history if step >= first]
+    beyond = [(step, value) for step, timestamp, value in history if edge.is_before(step, timestamp)]
     return points if all(same(points.setdefault(step, value), value) for step, value in beyond) else {}

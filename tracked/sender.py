@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from operator import methodcaller
 from pathlib import Path
@@ -22,7 +23,7 @@ from tracked import children
 from tracked.address import redact
 from tracked.call_delivery import CallDelivery
 from tracked.delivery import REQUEST_SECONDS, Delivery
-from tracked.errors import ServerRefused, TrackedError
+from tracked.errors import RunDeleted, ServerRefused, TrackedError
 from tracked.spool import Lock, Outbox, is_held
 
 if TYPE_CHECKING:
@@ -143,7 +144,9 @@ class Sender:
                 try:
                     moved = send(delivery) or moved
                     waits.pop(delivery.folder, None)
-                except (TrackedError, OSError) as error:
+                except Exception as error:  # noqa: BLE001 - one journal's trouble, whatever it is, is not the others'
+                    if not isinstance(error, TrackedError | OSError):
+                        traceback.print_exc()
                     back_off = min(max(back_off * 2, 0.2), LONGEST_BACK_OFF)
                     waits[delivery.folder] = (time.monotonic() + back_off, back_off)
                     self._take_note(delivery, error)
@@ -162,7 +165,7 @@ class Sender:
     def _take_note(self, delivery: Delivery, error: Exception) -> None:
         text = error.found if isinstance(error, TrackedError) else str(error)
         with contextlib.suppress(OSError):  # a disk that is full, or a folder that is gone
-            delivery.tell(trouble=redact(text)[:300])
+            delivery.tell(trouble=redact(text)[:300], deleted=isinstance(error, RunDeleted))
         if isinstance(error, ServerRefused) and not any(each.reader.is_written() for each in self._current()):
             # The credentials came with the environment: the next `sync` or `resume` may bring better ones.
             self._leaving.set()

@@ -19,10 +19,23 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, cast
 
-from mlflow.entities import LifecycleStage, Metric, Param, Run, RunData, RunInfo, RunStatus, RunTag, ViewType
+from mlflow.entities import (
+    LifecycleStage,
+    LoggedModel,
+    Metric,
+    Param,
+    Run,
+    RunData,
+    RunInfo,
+    RunStatus,
+    RunTag,
+    ViewType,
+)
 from mlflow.entities.run_info import check_run_is_active
 from mlflow.environment_variables import MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.protos.service_pb2 import UpdateRun
 from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 from mlflow.store.model_registry.rest_store import RestStore as RegistryRestStore
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistrySqlAlchemyStore
@@ -49,7 +62,7 @@ from tracked.calls import Calls, read_timeout
 from tracked.errors import NotDelivered
 from tracked.names import ATTEMPT, CALL, DIVERGED_AT, OVERRIDE, is_system
 from tracked.place import Place
-from tracked.resumption import Resumption, first_step, points_again, resumed_run_id
+from tracked.resumption import Edge, Resumption, points_again, resumed_run_id
 from tracked.server import open_database
 
 log = logging.getLogger("tracked")
@@ -62,7 +75,7 @@ _MONITOR = "SystemMetricsMonitor"
 # What these answer, or change, depends on all runs, or on one that their arguments do not name.
 _AFTER_ALL_WRITES = frozenset({
     *("search_runs", "get_logged_model", "search_logged_models"),
-    *("delete_experiment", "restore_experiment"),
+    "restore_experiment",
 })  # fmt: skip
 # The same of the run that is their first argument.
 _AFTER_WRITES_TO_THE_RUN = frozenset({"get_metric_history", "delete_tag", "record_logged_model"})
@@ -186,6 +199,7 @@ class TrackingStore:
         self._calls = calls
         self._runs: dict[str, _Known] = {}
         self._names: set[str] = set()
+        self._models: set[str] = set()
         self._resumed = resumed_run_id()
         self._resumption: Resumption | None = None
 
@@ -227,6 +241,11 @@ class TrackingStore:
         self._wait(run_id)
         return self._learn(self._inner.get_run(run_id))
 
+    def delete_experiment(self, experiment_id: str) -> None:
+        self._wait()
+        self._runs.clear()  # whichever of them are in it are deleted with it
+        self._inner.delete_experiment(experiment_id)
+
     def delete_run(self, run_id: str) -> None:
         self._change(run_id, self._inner.delete_run)
 
@@ -241,8 +260,10 @@ class TrackingStore:
             return info
         known = self._writable(run_id)
         status = RunStatus.to_string(run_status)
-        self._calls.add(run_id, "status", {"status": status, "end_time": end_time})
-        known.info = known.info._copy_with_overrides(status=status, end_time=end_time)  # noqa: SLF001
+        wire = UpdateRun(end_time=end_time)
+        ended = wire.end_time if wire.HasField("end_time") else None
+        self._calls.add(run_id, "status", {"status": status, "end_time": ended})
+        known.info = known.info._copy_with_overrides(status=status, end_time=ended)  # noqa: SLF001
         self._print_address(known.info)
         return known.info
 
@@ -258,18 +279,21 @@ class TrackingStore:
             # Another thread may have journaled a param since this answer was given.
             params = {**(known.params if known else {}), **run.data.params}
             self._runs[run.info.run_id] = _Known(run.info, params)
+        else:
+            self._runs.pop(run.info.run_id, None)
         return run
 
     def _resume(self, run_id: str) -> Resumption:
         """Begin another attempt of the run that this process goes on with, knowing what stands of it already."""
         self._wait(run_id)
         run = self._inner.get_run(run_id)
-        first = first_step(run.data.tags)
+        edge = Edge.of(run.data.tags)
         replay = {}
         for latest in run.data._metric_objs:  # noqa: SLF001 - `metrics` has no steps
-            if latest.step >= first and not is_system(latest.key):
+            if edge.is_before(latest.step, latest.timestamp) and not is_system(latest.key):
                 history = self._inner.get_metric_history(run_id, latest.key)
-                replay[latest.key] = points_again([(each.step, each.value) for each in history], first)
+                points = [(each.step, each.timestamp, each.value) for each in history]
+                replay[latest.key] = points_again(points, edge)
         self._begin_attempt(run)
         return Resumption(run.data.params, replay)
 
@@ -323,7 +347,7 @@ class TrackingStore:
 
     def log_param(self, run_id: str, param: Param) -> None:
         known = self._writable(run_id)
-        checked = _validate_param(param.key, param.value)
+        checked = _checked_param(param)
         if self._keeps(run_id, checked):
             return
         if known.params.setdefault(param.key, checked.value) != checked.value:
@@ -333,7 +357,7 @@ class TrackingStore:
 
     def set_tag(self, run_id: str, tag: RunTag) -> None:
         self._writable(run_id)
-        checked = _validate_tag(tag.key, tag.value)
+        checked = _checked_tag(tag)
         if tag.key == MLFLOW_RUN_NAME:
             self._change(run_id, self._inner.set_tag, tag)
         else:
@@ -344,8 +368,8 @@ class TrackingStore:
     ) -> None:
         known = self._writable(run_id)
         points = [self._checked(run_id, metric, f"metrics[{index}]") for index, metric in enumerate(metrics)]
-        checked_params = [_validate_param(p.key, p.value, f"params[{i}]") for i, p in enumerate(params)]
-        checked_tags = [_validate_tag(t.key, t.value, f"tags[{i}]") for i, t in enumerate(tags)]
+        checked_params = [_checked_param(param, f"params[{index}]") for index, param in enumerate(params)]
+        checked_tags = [_checked_tag(tag, f"tags[{index}]") for index, tag in enumerate(tags)]
         _validate_batch_log_limits(metrics, params, tags)
         _validate_param_keys_unique(params)
         params = checked_params = [param for param in checked_params if not self._keeps(run_id, param)]
@@ -396,8 +420,26 @@ class TrackingStore:
             value, timestamp, step = wire.value, wire.timestamp, wire.step
         # `mlflow.log_metrics` names the run in each of its points, which links them to nothing.
         if metric.model_id or metric.dataset_name or metric.run_id not in (None, run_id):
-            return "linked", {**metric.to_dictionary(), "value": value, "timestamp": timestamp, "step": step}
+            if metric.model_id:
+                self._check_model(metric.model_id)
+            return "linked", Metric.from_proto(metric.to_proto()).to_dictionary()
         return "points", (key, step, timestamp, value)
+
+    def _check_model(self, model_id: str) -> None:
+        """Refuse a model that the server does not have, as it would itself."""
+        if model_id in self._models:
+            return
+        try:
+            self._inner.get_logged_model(model_id)
+        except MlflowException as error:
+            if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+        self._models.add(model_id)
+
+    def create_logged_model(self, *args: Any, **kwargs: Any) -> LoggedModel:
+        model: LoggedModel = self._inner.create_logged_model(*args, **kwargs)
+        self._models.add(model.model_id)
+        return model
 
     # -- without waiting, which all of it is: what MLflow's own does in threads is done here at once
 
@@ -429,6 +471,17 @@ class TrackingStore:
 
     def shut_down_async_logging(self) -> None:
         """Nothing to wait for: the run's end is journaled behind all that was logged."""
+
+
+# What protobuf cannot carry is refused at once, as where it goes into a request; else it would wait in the journal.
+
+
+def _checked_param(param: Param, path: str = "") -> Param:
+    return Param.from_proto(_validate_param(param.key, param.value, path).to_proto())
+
+
+def _checked_tag(tag: RunTag, path: str = "") -> RunTag:
+    return RunTag.from_proto(_validate_tag(tag.key, tag.value, path).to_proto())
 
 
 @dataclass(frozen=True)

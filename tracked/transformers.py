@@ -10,7 +10,7 @@ import mlflow
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tracked.address import PLUGIN
-from tracked.errors import SpoolError, UsageError
+from tracked.errors import TrackedError, UsageError
 from tracked.logged_run import LoggedRun
 
 log = logging.getLogger("tracked")
@@ -59,5 +59,7 @@ class RunCheckpoint(TrainerCallback):
             epoch = int(state.epoch or 0)
             try:
                 self._run.save_checkpoint(folder, state.global_step, epoch=epoch, keep_last=self._keep_last)
-            except SpoolError as error:  # a full disk does not end a training
+            except (
+                TrackedError
+            ) as error:  # neither a full disk nor a search that saves elsewhere ends a training
                 log.warning("%s", error)

@@ -148,6 +148,8 @@ class Http:
             "RESOURCE_ALREADY_EXISTS",
         ):
             return RestException(answer)
+        if code == "BAD_REQUEST" and "foreign key" in str(answer.get("message")).lower():  # of no such model
+            return RestException({**answer, "error_code": "INVALID_PARAMETER_VALUE"})
         # BAD_REQUEST is MLflow's word for a database that refused: asked again, two that wrote one param at the
         # same time learn who was first.
         if status in (408, 413, 429) or status >= 500 or code == "BAD_REQUEST":

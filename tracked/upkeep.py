@@ -24,6 +24,7 @@ from tracked.address import database, redact
 from tracked.errors import ServerError, ServerUnavailable, TrackedError, UsageError
 from tracked.inspection import folders, is_trained, waiting_in
 from tracked.journal import START, Reader
+from tracked.logged_run import left_behind
 from tracked.names import CHECKPOINT, FILE, HANDLE, MANIFEST, OURS, SETTINGS, STATE, folder_name, step_of
 from tracked.place import Place
 from tracked.provenance import boot_id, host_name
@@ -57,6 +58,10 @@ def sync(place: Place, timeout: float, say: Say, *, everywhere: bool = True) -> 
         Points and other records that are still there; those of a run that is being trained do not count.
     """
     waiting = _waiting(place, say, everywhere=everywhere)
+    for outbox in spool.outboxes(place.spool):
+        for run in outbox.all_called():
+            if (file := run.path / "rejected.jsonl").exists():
+                say(f"run {_name(run)}: left out, as the server found it invalid: {file}")
     if not waiting:
         say("nothing waits in the spool")
         return 0
@@ -215,6 +220,9 @@ def gc(place: Place, *, dry_run: bool, say: Say) -> int:
             if not any(is_trained(run) or run.journals() for run in local.get(handle, [])):
                 _clean_server(server, view, waste)
     for outbox in spool.outboxes(place.spool):
+        for run in outbox.all_called():
+            for path in left_behind(run):
+                waste.delete(path, "left by a program that was killed while it saved")
         if outbox.path.parent.name != f"{host_name()}-{boot_id()[:8]}":
             _clean_outbox(outbox, waste)
     say(f"{'would free' if dry_run else 'freed'} {readable(waste.freed)}")
