@@ -19,7 +19,7 @@ from tests.processes import Result, Workplace
 from tracked import comparison, plots
 from tracked.comparison import Comparison, compare
 from tracked.errors import RunNotFound, UsageError
-from tracked.names import SETTINGS, STATE, SWEEP
+from tracked.names import BEST, SETTINGS, STATE, SWEEP
 from tracked.packing import Point
 from tracked.place import Place
 from tracked.server import Server
@@ -270,6 +270,28 @@ def test_the_best_runs_of_an_experiment_are_found_without_a_sweeps_parent(
     found = compare(place_of(server, tmp_path), [], silent, experiment=experiment, top=3)
 
     assert [run.summary.run_id for run in found.runs] == [runs[2], runs[3], runs[0]]
+
+
+def test_only_the_histories_of_those_that_may_be_the_best_are_read(
+    embedded: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = f"told-{uuid.uuid4().hex}"
+    values = (0.5, 0.1000004, 0.1, 0.4, 0.2)
+    runs = [new_run(embedded, [value, 5.0], experiment=experiment) for value in values]
+    for run, value in zip(runs[:4], values, strict=False):  # the last was killed
+        embedded.set_tags(run, {BEST: f"val/loss {value:.6g} at step 1"})
+    asked: list[str] = []
+
+    def histories(server: Server, run_ids: Sequence[str], key: str) -> object:
+        asked.extend(run_ids)
+        return whole(server, run_ids, key)
+
+    whole = Server.histories
+    monkeypatch.setattr(Server, "histories", histories)
+    found = compare(place_of(embedded, tmp_path), [], silent, experiment=experiment, top=2)
+
+    assert [run.summary.run_id for run in found.runs] == [runs[2], runs[1]]
+    assert sorted(asked) == sorted([runs[1], runs[2], runs[4]])
 
 
 def test_runs_that_plain_mlflow_logged_are_compared_too(server: Server, tmp_path: Path) -> None:

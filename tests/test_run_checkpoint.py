@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,9 +312,9 @@ def test_what_a_kill_leaves_of_a_checkpoint_delays_no_program_and_is_freed(
     checkpoints = outbox.called(run_id).checkpoints
     with subprocess.Popen(["true"]) as gone:
         pass
-    left = [checkpoints / f".saving-{gone.pid}-abc", checkpoints / "step-00000009"]
+    half, whole = checkpoints / f".saving-{gone.pid}-abc", checkpoints / "step-00000009"
     being_written = checkpoints / f".saving-{os.getpid()}-abc"
-    for folder in (*left, being_written):
+    for folder in (half, whole, being_written):
         folder.mkdir(parents=True)
         (folder / "checkpoint.txt").write_text("1000")
 
@@ -322,8 +323,10 @@ def test_what_a_kill_leaves_of_a_checkpoint_delays_no_program_and_is_freed(
     assert stderr == ""
 
     workplace.tracked("gc")
-    assert [folder for folder in left if folder.exists()] == []
-    assert being_written.exists()
+    assert [folder.exists() for folder in (half, whole, being_written)] == [False, True, True]
+    shutil.rmtree(being_written)
+    workplace.tracked("gc")
+    assert not whole.exists()
 
 
 @pytest.mark.skipif(find_spec("lightning") is None, reason="pip install lightning")

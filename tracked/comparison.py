@@ -11,8 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracked.errors import UsageError
-from tracked.inspection import Summary, best_point, find, folders, object_in, some, summary_of
-from tracked.names import HANDLE, SETTINGS, SWEEP, is_system
+from tracked.inspection import (
+    Summary,
+    best_point,
+    check_experiment,
+    find,
+    folders,
+    monitored_by,
+    own_best,
+    some,
+    summary_of,
+)
+from tracked.names import HANDLE, SWEEP, is_system
 from tracked.place import Place
 from tracked.ranking import Mode, best_first, usual_mode
 from tracked.tables import ago, aligned, distinct_length, one_line, told_apart
@@ -31,6 +41,7 @@ _DIGITS, _ALL_DIGITS = 6, 17  # of a number, unless numbers look the same then
 _LINE = 240  # characters
 _POINTS = 20_000  # of a picture's panel that are fetched, for all its curves together
 _LEAST_OF_A_CURVE, _MOST_OF_A_CURVE = 200, 2000
+_ROUNDED = 1e-5  # by which a best that is told may be off, of itself
 _NAMED = 7  # curves that a picture has colours for
 _FIRST = ("val/loss", "train/loss")
 _UI = "http://127.0.0.1:5000"  # where `ui` serves an SQLite file
@@ -209,6 +220,8 @@ def compare(
         )
     metric, known = _compared_by(views, metric, mode)
     mode = known or usual_mode(metric or "")
+    if experiment is not None:
+        views = _hopeful(views, (metric or "", mode), top)
     histories: dict[str, History] = {}
     if metric is not None:
         have = [view.run_id for view in views if view.status and metric in view.latest]
@@ -301,12 +314,7 @@ def _unwritable(file: Path, why: str) -> UsageError:
 
 def _in_experiment(server: Server, experiment: str) -> list[RunView]:
     """All runs of an experiment but the parents of its sweeps."""
-    if experiment not in (known := server.experiments()):
-        raise UsageError(
-            f"there is no experiment {experiment!r} on {server.place}",
-            expected=f"one of {some(known)}" if known else "an experiment with runs in it",
-            try_next="python -m tracked.run list",
-        )
+    check_experiment(experiment, server.experiments(), server.place)
     return [
         view for view in server.search(experiment=experiment, limit=sys.maxsize) if SWEEP not in view.tags
     ]
@@ -317,11 +325,7 @@ def _compared_by(
 ) -> tuple[str | None, Mode | None]:
     """The metric, and which of its values are better; None where nobody says so."""
     keys = [view.latest for view in views]
-    own: list[tuple[str, Mode]] = [
-        (str(settings["monitor"]), "max" if settings.get("mode") == "max" else "min")
-        for view in views
-        if (settings := object_in(view.tags.get(SETTINGS))).get("monitor") in view.latest
-    ]
+    own = [said for view in views if (said := monitored_by(view))[0] in view.latest]
     if metric is None:
         monitored = Counter(key for key, _ in own).most_common(1)
         metric = next(iter(_by_importance(keys, monitored[0][0] if monitored else None)), None)
@@ -333,8 +337,8 @@ def _compared_by(
         )
     if mode is None:
         # Runs that disagree say nothing.
-        said = {each for key, each in own if key == metric}
-        mode = said.pop() if len(said) == 1 else None
+        modes = {each for key, each in own if key == metric}
+        mode = modes.pop() if len(modes) == 1 else None
     return metric, mode
 
 
@@ -366,6 +370,21 @@ def _curves(
         fetched = whole if key == metric else server.histories(run_ids, key, about=about)
         found[key] = {run_id: fetched.get(run_id, []) for run_id in run_ids}
     return found
+
+
+def _hopeful(views: Sequence[RunView], by: tuple[str, Mode], top: int) -> list[RunView]:
+    """Those that may be among the `top`, whose histories have to be read: the others told a best that is worse."""
+    sign = 1 if by[1] == "min" else -1
+    told = {
+        view.run_id: sign * best
+        for view in views
+        if monitored_by(view) == by and (best := own_best(view)) is not None
+    }
+    if len(told) <= top:
+        return list(views)
+    worst = sorted(told.values())[top - 1]
+    worst += abs(worst) * _ROUNDED
+    return [view for view in views if told.get(view.run_id, worst) <= worst]
 
 
 def _best_first(

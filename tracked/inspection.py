@@ -256,25 +256,38 @@ def summary_of(view: RunView, local: Sequence[RunFolder], best: float | None) ->
     )
 
 
-def _best(server: Server, views: Sequence[RunView]) -> dict[str, float]:
+def monitored_by(view: RunView) -> tuple[str, Mode]:
+    """The metric that a run of this package monitors (empty if none), and which of its values are better."""
+    settings = object_in(view.tags.get(SETTINGS))
+    return settings.get("monitor", ""), "max" if settings.get("mode") == "max" else "min"
+
+
+def own_best(view: RunView) -> float | None:
+    """The best value of what the run monitors, to six digits, as the training told it when it ended."""
+    told = told_best(view.tags)
+    # Who was killed has left the tag of an earlier attempt.
+    if told is None or told[0] != monitored_by(view)[0] or view.tags.get(STATE) not in _ENDED_BY_ITSELF:
+        return None
+    metric, value, step = told
+    last = view.latest.get(metric)
+    return last.value if last is not None and last.step == step else value
+
+
+def _best(server: Server, views: Sequence[RunView], *, exactly: bool) -> dict[str, float]:
     """Run ID -> best value of the metric that the run monitors, where it has one that is a number.
 
-    A history, which may be long, is read only where no training has told its best when it ended.
+    Unless it is wanted `exactly`, a history, which may be long, is read only where no training has told its best.
     """
     found: dict[str, float] = {}
     monitored: dict[str, dict[str, Mode]] = {}
     for view in views:
-        settings = object_in(view.tags.get(SETTINGS))
-        key, told = settings.get("monitor"), told_best(view.tags)
+        key, mode = monitored_by(view)
         if key not in view.latest:
             continue
-        # Who was killed has left the tag of an earlier attempt.
-        if told is not None and told[0] == key and view.tags.get(STATE) in _ENDED_BY_ITSELF:
-            _, value, step = told
-            last = view.latest[key]
-            found[view.run_id] = last.value if last.step == step else value
+        if (told := own_best(view)) is not None and not exactly:
+            found[view.run_id] = told
         else:
-            monitored.setdefault(key, {})[view.run_id] = "max" if settings.get("mode") == "max" else "min"
+            monitored.setdefault(key, {})[view.run_id] = mode
     for key, modes in monitored.items():
         for run_id, history in server.histories([*modes], key).items():
             if best := best_point(history, modes[run_id]):
@@ -386,7 +399,7 @@ def listing(
     else:
         views.sort(key=lambda view: _place_of(view.latest.get(sort_by), descending=descending))
     views = views[:limit]
-    best = _best(server, [view for view in views if view.status])
+    best = _best(server, [view for view in views if view.status], exactly=False)
     return [summary_of(view, local.get(view.tags[HANDLE], []), best.get(view.run_id)) for view in views]
 
 
@@ -468,7 +481,7 @@ def look(place: Place, word: str, say: Say) -> Details:
     view, local = find(server, place, word, say)
     best, on_server = None, {}
     if view.status:
-        best = _best(server, [view]).get(view.run_id)
+        best = _best(server, [view], exactly=True).get(view.run_id)
         on_server = {
             step: server.sizes(view.run_id, f"checkpoints/{name}").get(FILE, 0)
             for name in server.directories(view.run_id, "checkpoints")

@@ -172,12 +172,10 @@ def find(place: Place, word: str, say: Callable[[str], None]) -> RunView:
 
 def left_behind(folder: RunFolder) -> list[Path]:
     """What programs that were killed while they saved a checkpoint have left of it."""
-    halves = [
-        path for path in folder.checkpoints.glob(f"{_SAVING}*") if not _is_alive(path.name.split("-")[1])
-    ]
-    # Whole, but no record tells of it, and none will.
-    whole = [] if folder.journals() or halves else folder.checkpoints.glob("step-*")
-    return [*halves, *whole]
+    saving = {path: _is_alive(path.name.split("-")[1]) for path in folder.checkpoints.glob(f"{_SAVING}*")}
+    # Without a journal no record tells of it, and where nobody saves none will.
+    whole = [] if folder.journals() or any(saving.values()) else folder.checkpoints.glob("step-*")
+    return [*(path for path, alive in saving.items() if not alive), *whole]
 
 
 def _is_alive(pid: str) -> bool:
