@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from tests.processes import Workplace
 from tracked import provenance
 from tracked.confusion import Confusion
 from tracked.datasets import described, merged
+from tracked.description import renewed
+from tracked.server import RunView
 
 NOTE = "mlflow.note.content"
+RUN_ID = "0" * 32
 
 
 def seen(workplace: Workplace, run_id: str) -> MlflowRun:
@@ -61,6 +65,73 @@ def test_a_run_is_described_and_its_data_named_once_whatever_is_resumed(remote_w
     MlflowClient(workplace.tracking_uri).set_tag(run_id, NOTE, "**Mine**: do not delete")
     workplace.tracked("resume", run_id, "--epochs", 3)
     assert seen(workplace, run_id).data.tags[NOTE] == "**Mine**: do not delete"
+
+
+PROGRAM = """
+import torch
+import tracked
+from . import width  # which its file alone cannot
+
+with tracked.start("modules", checkpoint_every="1 epoch") as run:
+    model = torch.nn.Linear(width, 1)
+    run.attach(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in run.steps(3):
+        pass
+"""
+
+
+def test_a_program_that_was_started_as_a_module_is_gone_on_with_as_one(workplace: Workplace) -> None:
+    package = workplace.path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("width = 2\n")
+    (package / "train.py").write_text(PROGRAM)
+    begun = workplace.program("-m", "package.train")
+    assert begun.wait(90) == 0, begun.communicate()
+    client = MlflowClient(workplace.tracking_uri)
+    experiment = client.get_experiment_by_name("modules")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    line = run.data.tags[NOTE].rpartition("\n\n    ")[2]
+    assert line == f"python -m tracked.run resume {run.info.run_id} -- python -m package.train"
+    gone_on = workplace.program(*shlex.split(line)[1:])
+    assert gone_on.wait(90) == 0, gone_on.communicate()
+    assert "Attempts: 2, the last one finished." in seen(workplace, run.info.run_id).data.tags[NOTE]
+
+
+@pytest.mark.parametrize(
+    ("source", "command", "line"),
+    [
+        ("train.py", "python train.py --lr 1", "-- python train.py"),
+        ("train.py", "python train.py -m package", "-- python train.py"),
+        ("my nets/train.py", "", "-- python 'my nets/train.py'"),
+        ("/home/me/package/train.py", "python -um package.train x=1", "-- python -m package.train"),
+        ("/home/me/package/__main__.py", "python -X dev -m package", "-- python -m package"),
+    ],
+)
+def test_the_line_starts_the_program_as_it_was_started(source: str, command: str, line: str) -> None:
+    assert last_line(source, command) == f"python -m tracked.run resume {RUN_ID} {line}"
+
+
+@pytest.mark.parametrize(
+    ("source", "command"),
+    [
+        ("/opt/ipykernel_launcher.py", "python -m ipykernel_launcher -f kernel.json"),
+        ("/opt/colab_kernel_launcher.py", ""),
+        ("/opt/ipykernel/__main__.py", "python -m ipykernel -f kernel.json"),
+        ("/usr/bin/ipython", "python /usr/bin/ipython"),
+        ("-c", "python -c 'import tracked'"),
+        ("", "python"),
+    ],
+)
+def test_what_was_typed_into_python_is_gone_on_with_there(source: str, command: str) -> None:
+    assert last_line(source, command) == f'with tracked.resume("{RUN_ID}") as run:'
+
+
+def last_line(source: str, command: str) -> str:
+    """The line that goes on with a run of this program."""
+    tags = {"mlflow.source.name": source, "mlflow.tracked.command": command}
+    view = RunView(RUN_ID, "1", "a-run", "FINISHED", 0, 1, "artifacts", tags=tags)
+    return renewed(view, "digits", {})[NOTE].rpartition("\n\n    ")[2]
 
 
 CLASSES = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from tests.test_sender import Post, delivered
 from tests.test_server import new_run
 from tracked import flavour
 from tracked.errors import ServerUnavailable
-from tracked.names import MODULE
+from tracked.names import MODULE, SETTINGS
 from tracked.retrieval import retrieve
 from tracked.server import Server
 from tracked.spool import write_json
@@ -38,9 +40,9 @@ LAYERS = """
 from torch import nn
 
 class Twice(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, first):
         super().__init__()
-        self.first, self.last = nn.Linear(width, width), nn.Linear(width, 1)
+        self.first, self.last = first, nn.Linear(width, 1)
 
     def forward(self, inputs):
         return self.last(self.first(inputs).tanh())
@@ -49,13 +51,14 @@ EXPERIMENT = """
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
+import torchvision
 import tracked
 from served_layers import Twice
 
 def build(params):
     inputs = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
     data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
-    model = Twice(4)
+    model = Twice(4, torchvision.ops.MLP(4, [4]))
     # The larger the step, the worse: the best model is not the last one.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 if epoch < 2 else 300)
@@ -141,7 +144,7 @@ def test_the_best_model_of_a_finished_run_is_loaded_and_served_by_mlflow_alone(
     state = retrieve(place_of(workplace), run_id, workplace.path / "down", silent, step=best_step).state
     weights = state["model_state_dict"]
     inputs = torch.arange(12.0).view(3, 4) / 7
-    hidden = (inputs @ weights["first.weight"].T + weights["first.bias"]).tanh()
+    hidden = (inputs @ weights["first.0.weight"].T + weights["first.0.bias"]).tanh()
     expected = hidden @ weights["last.weight"].T + weights["last.bias"]
     for each in found:
         torch.testing.assert_close(torch.from_numpy(each), expected)
@@ -161,6 +164,52 @@ def test_the_best_model_of_a_finished_run_is_loaded_and_served_by_mlflow_alone(
         (-1, 1),
     ]
     assert info.saved_input_example_info is not None
+    needed = mlflow.pyfunc.get_model_dependencies(f"models:/{model.model_id}")
+    names = [line.partition("==")[0] for line in Path(needed).read_text().splitlines()]
+    assert names == ["mlflow", "numpy", "torch", "torchvision"]  # the last one is named in the pickle alone
+
+
+SETS = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+import tracked
+
+def numbers(count, name):
+    inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(count))
+    data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
+    data.name = name
+    return data
+
+def build(params):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    groups = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[1].parameters(), "lr": 0.02}]
+    optimizer = torch.optim.SGD(groups)
+    return tracked.Task(
+        model=model, loss=nn.functional.mse_loss, optimizer=optimizer, batch_size=8,
+        scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), scheduler_interval="step",
+        train_data=numbers(32, "trained"), val_data={"val": numbers(24, "validated"), "test": numbers(16, "tested")},
+    )
+"""
+
+
+def test_each_value_of_a_model_is_of_the_data_set_that_it_was_measured_on(workplace: Workplace) -> None:
+    file = workplace.experiment(SETS)
+    run_id = workplace.tracked("train", file, "--epochs", 1, "--json").json["run_id"]
+    client = MlflowClient(workplace.tracking_uri)
+    run = client.get_run(run_id)
+    assert run.inputs is not None
+    contexts = {each.dataset.name: each.tags[0].value for each in run.inputs.dataset_inputs}
+    assert contexts == {"trained": "training", "validated": "validation", "tested": "test"}
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert {each.key: each.dataset_name for each in model.metrics or []} == {
+        "train/loss": "trained",
+        "val/loss": "validated",
+        "test/loss": "tested",
+        "lr/0": None,
+        "lr/1": None,
+        "epoch": None,
+    }
 
 
 def packed(folder: Path, dtype: str = "float32") -> Path:
@@ -196,6 +245,76 @@ def test_what_a_killed_sender_began_is_ended_and_what_it_ended_is_not_logged_aga
     assert json.loads(client.get_logged_model(found.model_id).tags["mlflow.modelVersions"]) == [
         {"name": name, "version": version.version}
     ]
+
+
+@pytest.fixture(params=["server", "database"])
+def registry(request: pytest.FixtureRequest, tmp_path: Path, server_uri: str) -> Iterator[Registry]:
+    uri = server_uri if request.param == "server" else f"sqlite:///{tmp_path}/mlflow.db"
+    server = Server(uri, timeout=30)
+    yield Registry(server, MlflowClient(uri, uri), tmp_path, uuid.uuid4().hex)
+    server.close()
+
+
+@dataclass
+class Registry:
+    """A registered model, and runs that register theirs under its name."""
+
+    server: Server
+    client: MlflowClient
+    folder: Path
+    name: str
+
+    def run(self, value: float | None, monitor: str | None = "loss", mode: str | None = "min") -> str:
+        """A run that has reached `value`, and has registered its model."""
+        settings = json.dumps({"monitor": monitor, "mode": mode})
+        run_id = new_run(self.server, **{SETTINGS: settings}).run_id
+        if value is not None:
+            self.server.log_points(run_id, [("loss", 3, 1, value), ("accuracy", 3, 1, value)])
+        self.end(run_id)
+        return run_id
+
+    def end(self, run_id: str) -> None:
+        folder = packed(self.folder / uuid.uuid4().hex)
+        flavour.log(self.server, run_id, folder, step=3, register=self.name)
+
+    @property
+    def best(self) -> str:
+        found = self.client.get_model_version_by_alias(self.name, "best").run_id
+        assert found is not None
+        return found
+
+
+@pytest.mark.parametrize(("mode", "better", "worse"), [("min", 0.1, 0.9), ("max", 0.9, 0.1)])
+def test_the_alias_goes_to_a_better_model_alone(
+    registry: Registry, mode: str, better: float, worse: float
+) -> None:
+    first = registry.run(0.5, mode=mode)
+    assert registry.best == first
+    poor = registry.run(worse, mode=mode)
+    registry.run(0.5, mode=mode)
+    assert registry.best == first
+    best = registry.run(better, mode=mode)
+    assert registry.best == best
+    for resumed in (first, poor):
+        registry.end(resumed)
+    assert registry.best == best
+    assert len(registry.client.search_model_versions(f"name = '{registry.name}'")) == 4
+
+
+def test_the_alias_stays_where_values_cannot_be_compared_and_goes_where_there_is_none(
+    registry: Registry,
+) -> None:
+    unmeasured = registry.run(None, monitor=None, mode=None)
+    assert registry.best == unmeasured
+    first = registry.run(0.5)
+    assert registry.best == first
+    registry.run(None, monitor=None, mode=None)
+    registry.run(math.nan)
+    registry.run(0.9, monitor="accuracy", mode="max")
+    assert registry.best == first
+    version = registry.client.get_model_version_by_alias(registry.name, "best")
+    registry.server.delete_model(str(version.source).removeprefix("models:/"))
+    assert registry.run(0.7) == registry.best
 
 
 def test_the_files_are_those_that_mlflow_writes_itself(tmp_path: Path, server_uri: str) -> None:

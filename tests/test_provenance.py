@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,9 @@ def test_the_command_holds_no_secret_and_can_be_typed_again() -> None:
         f"AWS_SECRET_ACCESS_KEY={SECRET}",
         f"wandbToken={SECRET}",
         f"key={SECRET}",
+        *(f"--pass {SECRET}", f"--db-pass={SECRET}", f"DB_PASS={SECRET}", f"--auth user:{SECRET}"),
+        *(f"--pat {SECRET}", f"--cookie {SECRET}", f"https://x.net/a?sv=2024&sig={SECRET}&se=1"),
+        f"https://x.net/a?X-Amz-Signature={SECRET}",
         f"PASSWORD=12345 PWD_FILE=x secret={SECRET}",
     ],
 )
@@ -175,7 +179,12 @@ def test_a_secret_is_taken_out(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "token", ["ghp_" + "a1" * 18, "hf_" + "aB" * 17, "AKIA" + "A1" * 8, "sk-" + "a1" * 20]
+    "token",
+    [
+        *("ghp_" + "a1" * 18, "hf_" + "aB" * 17, "AKIA" + "A1" * 8, "sk-" + "a1" * 20),
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.a_b-C1",
+        "eyJhbGciOiJkaXIifQ..iv.ciphertext.tag",
+    ],
 )
 def test_a_token_of_known_shape_is_taken_out_of_anything(token: str) -> None:
     assert token not in provenance.redact_text(f"x.load('{token}')")
@@ -203,6 +212,33 @@ def test_a_password_of_the_environment_is_taken_out_wherever_it_stands(
         provenance.redact_text(f"could not log in as {SECRET}!")
         == f"could not log in as {provenance.REDACTED}!"
     )
+
+
+def test_the_working_directory_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/home/me/project")
+    monkeypatch.setenv("OLDPWD", "/home/me/other")
+    text = 'File "/home/me/project/boom.py", line 3, in /home/me/other/net.py'
+    assert provenance.redact_text(text) == text
+    assert SECRET not in provenance.redact_text(f"PWD={SECRET}")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *("a", "a.b-", "-a", " ", "a: ", "a='", 'a=\\"', "token=", "key='\\", "--token '"),
+        *("a://b", "bearer ", "hf_a-", "eyJaaaaaaaaaa-", "eyJaaaaaaaaaa."),
+    ],
+)
+def test_a_megabyte_of_anything_is_looked_through_in_seconds(shape: str) -> None:
+    text = shape * (1_000_000 // len(shape))
+    began = time.process_time()
+    provenance.redact_text(text)
+    assert time.process_time() - began < 10
+
+
+def test_what_is_no_utf8_is_a_tag_that_can_be_sent() -> None:
+    tags = provenance.mlflow_tags({"command": "train.py --data /data/caf\udce9"})
+    assert tags["mlflow.tracked.command"] == "train.py --data /data/caf\\udce9"
 
 
 def test_tags_use_mlflows_own_names_where_it_has_one() -> None:

@@ -253,6 +253,17 @@ def test_more_params_and_tags_than_fit_into_a_request_are_all_written(server: Se
     assert {key: seen.tags[key] for key in tags} == tags
 
 
+def test_of_data_sets_that_share_a_context_none_stands_for_it(server: Server) -> None:
+    run = new_run(server)
+    contexts = {"a": "training, validation", "b": "test", "c": "validation"}
+    inputs = [
+        {"name": name, "digest": f"d{name}", "schema": "{}", "profile": "{}", "context": context}
+        for name, context in contexts.items()
+    ]
+    server.log_inputs(run.run_id, inputs, {})
+    assert server.datasets(run.run_id) == {"training": ("a", "da"), "test": ("b", "db")}
+
+
 def test_a_status_is_set_and_a_run_reopened(server: Server) -> None:
     run = new_run(server)
     server.set_status(run.run_id, "KILLED", 1_700_000_009_000)

@@ -7,8 +7,10 @@ a text that is not the one written last is left alone.
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from tracked.names import (
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from tracked.server import RunView
 
 _LONGEST_COMMAND = 1000  # characters; the whole of it stands in a tag of its own
+# What stands where Python has a program's file, when somebody types: in a shell of Python's own, or in a notebook.
+_NO_FILE = re.compile(r"(?:.*/)?(?:|-c|ipython3?|\w*kernel_launcher\.py|ipykernel/__main__\.py)")
 
 
 def has(view: RunView) -> bool:
@@ -86,15 +90,26 @@ def _text(view: RunView, experiment: str, tags: Mapping[str, str]) -> str:
 
 
 def _line(run_id: str, state: str, tags: Mapping[str, str]) -> str:
-    """What one types to go on with the run from where it stands."""
+    """What one types to go on with the run from where it stands: into a terminal, or into Python if it came there."""
     words = ["python", "-m", "tracked.run", "resume", run_id]
     if SWEEP in tags:
         words += ["--trials", "N"] if state == "finished" else []
     elif EXPERIMENT_FILE not in tags:
-        words += ["--", "python", tags.get("mlflow.source.name") or "SCRIPT.py"]
+        source = tags.get("mlflow.source.name", "")
+        if _NO_FILE.fullmatch(source):
+            return f'with tracked.resume("{run_id}") as run:'
+        words += ["--", "python", *_program(source, tags.get("mlflow.tracked.command", ""))]
     else:
         words += {"finished": ["--epochs", "N"], "stopped_early": ["--patience", "K"]}.get(state, [])
     return shlex.join(words)
+
+
+def _program(source: str, command: str) -> list[str]:
+    """A program as Python was told of it: by its file, or as a module, whose neighbours it may import."""
+    module = re.search(r" -\w*m (\S+)", command)
+    dotted = ".".join(PurePath(source).with_suffix("").parts).removesuffix(".__main__")
+    # The option may be the program's own.
+    return ["-m", module[1]] if module and f".{dotted}".endswith(f".{module[1]}") else [source]
 
 
 def _code(line: str) -> str:

@@ -5,6 +5,7 @@ What a killed sender had begun the next one ends, and what is logged already is 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -12,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracked.names import MODULE, is_system
+from tracked.errors import NoSuchRun
+from tracked.names import MODULE, SETTINGS, is_system
 from tracked.spool import read_json
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ ALIAS = "best"
 NAME = "model"
 ABOUT, CODE = "about.json", "code"
 _MARK = "tracked.packed"
+_CONTEXTS = {"train": "training", "val": "validation"}  # in MLflow's words; any other set's is its name
 _LARGEST_EXAMPLE = 1_000_000  # elements: MLflow writes each as text, twice
 
 
@@ -36,7 +39,10 @@ def log(server: Server, run_id: str, folder: Path, *, step: int, register: str |
         run_id: The run that made it.
         folder: The packed module.
         step: The step of its weights.
-        register: The name in the model registry under which it becomes a version, if any.
+        register: The name in the model registry under which it becomes a version, if any. The alias `best` goes to
+            it if no version has that, or one that is worse by the metric that both their runs are judged by, or
+            one of which nobody knows how good it is. From a version that was judged by another metric it is not
+            taken: a person knows which of the two counts.
 
     Raises:
         RecordRejected: It can never be stored, such as under this name in the registry.
@@ -54,7 +60,10 @@ def log(server: Server, run_id: str, folder: Path, *, step: int, register: str |
         server.upload_model(model, to)
         server.finish_model(model.model_id)
     if register:
-        server.register_model(model, run, register, ALIAS)
+        version = server.register_model(model, run, register)
+        standing = server.aliased(register, ALIAS)
+        if standing is None or _is_better(server, model.model_id, standing):
+            server.set_alias(register, ALIAS, version)
 
 
 def forget(server: Server, run_id: str, folder: Path) -> None:
@@ -78,12 +87,10 @@ def _link_metrics(server: Server, run: RunView, model: ModelView, step: int) -> 
     datasets = server.datasets(run.run_id)
     points: list[LinkedPoint] = []
     for key, _, timestamp, value in server.points_at(run, step):
-        if is_system(key):
+        if is_system(key) or math.isnan(value):  # of which MLflow would make a 0 here
             continue
-        measured = "training" if key.startswith("train/") else "validation"
-        name, digest = datasets.get(
-            measured if "/" in key else "", (None, None)
-        )  # an epoch is no measurement
+        measured = key.split("/")[0] if "/" in key else ""  # an epoch is no measurement
+        name, digest = datasets.get(_CONTEXTS.get(measured, measured), (None, None))
         points.append(
             {
                 "key": key,
@@ -98,6 +105,26 @@ def _link_metrics(server: Server, run: RunView, model: ModelView, step: int) -> 
         )
     if points:
         server.log_points(run.run_id, points)
+
+
+def _is_better(server: Server, model_id: str, standing: str) -> bool:
+    """Whether the alias goes from the model `standing` to this one."""
+    own, other = _judged(server, model_id), _judged(server, standing)
+    if other is None:
+        return True
+    return own is not None and own[0] == other[0] and own[1] < other[1]
+
+
+def _judged(server: Server, model_id: str) -> tuple[tuple[str, str], float] | None:
+    """By what a model's run is judged, and the model's own value of it, of which less is better; None if unknown."""
+    try:
+        model = server.get_model(model_id)
+        settings = json.loads(server.get_run(model.run_id).tags.get(SETTINGS, "{}"))
+    except NoSuchRun:
+        return None
+    metric, mode = settings.get("monitor"), settings.get("mode") or "min"
+    value = model.values.get(metric, math.nan)
+    return None if math.isnan(value) else ((metric, mode), -value if mode == "max" else value)
 
 
 def _write(folder: Path, to: Path, about: dict[str, Any], run: RunView, model: ModelView) -> None:

@@ -80,8 +80,8 @@ def fit(task: Task, run: Run) -> None:
     _check_compiled(task.model, run)
     run.attach(**_parts(task), scaler=scaler, running_loss=window_loss, **_stateful_metrics(task))
     run.require_finite("train/loss")
-    for data in _validation_sets(task).values():
-        run.log_input(data)
+    for name, data in _validation_sets(task).items():
+        run.log_input(data, "validation" if name == "val" else name)
 
     evaluation = Due([settings.eval_every])
     options = dict(task.loader)

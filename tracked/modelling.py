@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from tracked.errors import TrackedError
 from tracked.experiment import Experiment, Task
 from tracked.flavour import ABOUT, CODE
 from tracked.names import MODULE
-from tracked.packaging import example, save, unwrapped
+from tracked.packaging import example, imports, save, unwrapped
 from tracked.seeding import preserved_generators
 from tracked.spool import write_json
 from tracked.state import load_module
@@ -66,7 +64,7 @@ def _pack(model: nn.Module, task: Task, experiment: Experiment, folder: Path, ru
         # By what is in it: a run that is resumed to the same weights has its model already.
         "mark": digest(code / MODULE),
         "code": names,
-        "imports": sorted({name for each in names for name in _imported(code / each)}),
+        "imports": imports(code / MODULE, names),
         "tensors": tensors,
         "torch": torch.__version__,
     }
@@ -92,14 +90,3 @@ def _tensors(task: Task, model: nn.Module) -> dict[str, dict[str, Any]] | None:
             }
     except Exception:  # noqa: BLE001 - the user's data and step, which may want the device that the training had
         return None
-
-
-def _imported(file: Path) -> set[str]:
-    """The installed packages that a file imports at its top."""
-    found: set[str] = set()
-    for node in ast.parse(file.read_bytes()).body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.partition(".")[0])
-    return found - sys.stdlib_module_names

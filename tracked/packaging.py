@@ -58,6 +58,23 @@ def save(model: nn.Module, path: Path, folder: Path, *, try_next: str = "") -> t
     return [f"{name}.py" for name in copies], needed
 
 
+def imports(path: Path, files: list[str]) -> list[str]:
+    """The top-level names of what is imported to load what `save` has written, but for the standard library.
+
+    Args:
+        path: The file with the module, which names what is installed.
+        files: Names of those beside it, which import at their top.
+    """
+    found = {name.partition(".")[0] for name in _modules_named_in(path) if not _is_local(name)}
+    for file in files:
+        for node in ast.parse((path.parent / file).read_bytes()).body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return sorted(found - sys.stdlib_module_names)
+
+
 class _Seen(BaseException):
     """The module was called: all that was to be found out."""
 

@@ -23,18 +23,21 @@ _SECRET_NAME = re.compile(
     r"passw(or)?d|passphrase|\bpwd\b|secret|credential|authorization|(api|access|private)[_-]?key",
     re.IGNORECASE,
 )
-# What `…token` and `…key` name is a secret unless it is a plain number or yes or no: `pad_token=0` is a
+# What `…token` and the like name is a secret unless it is a plain number or yes or no: `pad_token=0` is a
 # hyperparameter, and so is anything about `tokens` or `keys`. `--run-key` is an option of this package.
+_LIKELY = frozenset({"auth", "cookie", "key", "pass", "pat", "sig", "signature", "token"})
 _HARMLESS = re.compile(r"[-+]?[\d.]+(?:e[-+]?\d+)?|true|false|yes|no|none|null", re.IGNORECASE)
 
-_USERINFO = re.compile(r'(\b[a-z][a-z0-9+.-]*://)[^\s/"<>]*@', re.IGNORECASE)
+# A diff may be a million characters of anything: a pattern that can begin at each character of a run, and fail
+# at its end, would take hours for it.
+_USERINFO = re.compile(r'://[^\s/"<>]*@')
 _BEARER = re.compile(r"\b(bearer|basic)(\s+)[\w.~+/=-]{6,}", re.IGNORECASE)
 _KNOWN_SHAPES = re.compile(
     r"\b(?:gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|hf_\w{16,}|sk-[\w-]{16,}|xox[a-z]-[\w-]{10,}"
-    r"|AKIA[0-9A-Z]{16}|dapi[0-9a-f]{32}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
+    r"|AKIA[0-9A-Z]{16}|dapi[0-9a-f]{32}|eyJ[\w.-]{11,})"
 )
 _ASSIGNMENT = re.compile(
-    r"""(?P<name>[\w.-]+)(?P<sign>["']?\s*(?:=|:(?!//))\s*)"""
+    r"""(?P<name>(?<![\w.-])[\w.-]+)(?P<sign>["']?\s*(?:=|:(?!//))\s*)"""
     r"""(?P<value>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s&"']+)"""
 )
 _OPTION = re.compile(
@@ -93,8 +96,13 @@ def mlflow_tags(provenance: Mapping[str, str]) -> dict[str, str]:
         "git_commit": "mlflow.source.git.commit",
         "git_branch": "mlflow.source.git.branch",
     }
-    tags = {own.get(name, f"mlflow.tracked.{name}"): value for name, value in provenance.items()}
+    tags = {own.get(name, f"mlflow.tracked.{name}"): _sendable(value) for name, value in provenance.items()}
     return {**tags, "mlflow.source.type": "LOCAL"}
+
+
+def _sendable(text: str) -> str:
+    """The text with what is no UTF-8, as file names and arguments may be, as escapes: no request can carry it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def host_name() -> str:
@@ -135,9 +143,11 @@ def redact_text(text: str) -> str:
     process's environment variables with such names, wherever they stand.
     """
     for name, value in os.environ.items():
+        if name == "PWD":
+            continue  # a shell's working directory, which stands in every traceback
         if len(value) >= 6 and (_SECRET_NAME.search(name) or name.upper().endswith("TOKEN")):
             text = text.replace(value, REDACTED)
-    text = _USERINFO.sub(rf"\1{REDACTED}@", text)
+    text = _USERINFO.sub(f"://{REDACTED}@", text)
     text = _BEARER.sub(rf"\1\2{REDACTED}", text)
     text = _KNOWN_SHAPES.sub(REDACTED, text)
     text = _ASSIGNMENT.sub(_redact_match, text)
@@ -161,7 +171,7 @@ def _secret(name: str, value: str) -> bool:
     if _SECRET_NAME.search(name):
         return True
     words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
-    likely = words[-1:] in (["token"], ["key"]) and words[-2:] != ["run", "key"]
+    likely = bool(words) and words[-1] in _LIKELY and words[-2:] != ["run", "key"]
     return likely and not _HARMLESS.fullmatch(value.strip("\"'"))
 
 

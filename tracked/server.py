@@ -54,6 +54,7 @@ from tracked.errors import (
     CheckpointError,
     NoSuchRun,
     RecordRejected,
+    RunDeleted,
     ServerError,
     ServerRefused,
     ServerUnavailable,
@@ -112,12 +113,14 @@ class RunView:
 
 @dataclass(frozen=True)
 class ModelView:
-    """A logged model as the server showed it at one moment."""
+    """A logged model as the server showed it at one moment; `values` are those of its metrics."""
 
     model_id: str
+    run_id: str
     status: str
     artifact_uri: str
     tags: dict[str, str]
+    values: dict[str, float]
 
 
 class Server:
@@ -346,16 +349,16 @@ class Server:
             self._store.log_inputs(run_id, datasets)
 
     def datasets(self, run_id: str) -> dict[str, tuple[str, str]]:
-        """Name and digest of the data sets that a run reads, by their contexts."""
+        """Name and digest of the data sets that a run reads, by their contexts; none of those that several share."""
         with self._translated():
             inputs = self._store.get_run(run_id).inputs
-        return {
-            context: (each.dataset.name, each.dataset.digest)
-            for each in (inputs.dataset_inputs if inputs else [])
-            for tag in each.tags
-            if tag.key == MLFLOW_DATASET_CONTEXT
-            for context in tag.value.split(", ")
-        }
+        found: dict[str, list[tuple[str, str]]] = {}
+        for each in inputs.dataset_inputs if inputs else []:
+            for tag in each.tags:
+                if tag.key == MLFLOW_DATASET_CONTEXT:
+                    for context in tag.value.split(", "):
+                        found.setdefault(context, []).append((each.dataset.name, each.dataset.digest))
+        return {context: data[0] for context, data in found.items() if len(data) == 1}
 
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Write params, which can be written once only.
@@ -580,6 +583,15 @@ class Server:
             found = self._store.search_logged_models([run.experiment_id], f"source_run_id = '{run.run_id}'")
         return [_model(each) for each in found]
 
+    def get_model(self, model_id: str) -> ModelView:
+        """The model.
+
+        Raises:
+            NoSuchRun: The server does not have it, or it is in the bin.
+        """
+        with self._translated():
+            return _model(self._store.get_logged_model(model_id))
+
     def create_model(self, run: RunView, name: str, *, tags: Mapping[str, str]) -> ModelView:
         """A model that `run` has made: with the run's params, and pending until `finish_model`.
 
@@ -622,8 +634,8 @@ class Server:
         with self._translated():
             self._store.delete_logged_model(model_id)
 
-    def register_model(self, model: ModelView, run: RunView, name: str, alias: str) -> None:
-        """Make the model a version of the registered model `name`, if it is none, and point `alias` at it.
+    def register_model(self, model: ModelView, run: RunView, name: str) -> str:
+        """Make the model a version of the registered model `name`, if it is none; the number of the version.
 
         Raises:
             RecordRejected: The name cannot be used.
@@ -640,7 +652,6 @@ class Server:
             version = next((each for each in known if each.name == name), None)
             if version is None:
                 version = registry.create_model_version(name, source, run.run_id, model_id=model.model_id)
-            registry.set_registered_model_alias(name, alias, str(version.version))
             # By which the interface leads from the model to its versions.
             versions = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
             if (this := {"name": name, "version": version.version}) not in versions:
@@ -648,6 +659,24 @@ class Server:
                 self._store.set_logged_model_tags(
                     model.model_id, [LoggedModelTag(MLFLOW_MODEL_VERSIONS, said)]
                 )
+        return str(version.version)
+
+    def aliased(self, name: str, alias: str) -> str | None:
+        """The ID of the logged model that `alias` of a registered model points at; None if it points at none."""
+        with self._translated():
+            try:
+                version = self._registry().get_model_version_by_alias(name, alias)
+            except MlflowException as error:
+                if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+                    return None
+                raise
+        logged = re.fullmatch("models:/([^/@]+)", version.source or "")
+        return logged[1] if logged else None
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        """Point `alias` at a version of a registered model, wherever it pointed before."""
+        with self._translated():
+            self._registry().set_registered_model_alias(name, alias, version)
 
     # The place
 
@@ -809,9 +838,11 @@ class Server:
         try:
             with self._translated():
                 yield
+        except (TypeError, ValueError) as error:  # no request can carry it
+            raise RecordRejected(str(error), expected="a record that MLflow can store") from None
         except RecordRejected:
             if self.get_run(run_id).deleted:
-                raise ServerRefused(
+                raise RunDeleted(
                     f"run {run_id} was deleted on {self.place}",
                     expected="a run that is not in the bin",
                     try_next=f"MLFLOW_TRACKING_URI={self.place} mlflow runs restore --run-id {run_id}",
@@ -864,7 +895,14 @@ def _point(answer: Mapping[str, Any]) -> tuple[int, int, float]:
 
 
 def _model(found: LoggedModel) -> ModelView:
-    return ModelView(found.model_id, str(found.status), found.artifact_location, dict(found.tags))
+    return ModelView(
+        found.model_id,
+        found.source_run_id or "",
+        str(found.status),
+        found.artifact_location,
+        dict(found.tags),
+        {each.key: each.value for each in found.metrics or []},
+    )
 
 
 def _no_run(run_id: str, place: str) -> NoSuchRun:

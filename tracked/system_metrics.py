@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from tracked.errors import UsageError
 from tracked.packing import Point
 
+INSTALL = 'pip install "tracked[system]"'
+
+_EVERY = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
 _MB = 1e6
+_DEVICE_FILES = Path("/dev")
 
 
 def sampling_seconds() -> float:
-    """How often a sample is taken: MLflow's own variable for it, else 10 s."""
-    return float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or 10)
+    """How often a sample is taken: MLflow's own variable for it, else 10 s.
+
+    Raises:
+        UsageError: The variable holds no such number.
+    """
+    text = os.environ.get(_EVERY) or "10"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{_EVERY} is {text!r}", expected="seconds, above 0", try_next=f"export {_EVERY}=10")
+    return seconds
 
 
 class Monitor:
@@ -25,8 +43,12 @@ class Monitor:
     Args:
         first: The number of the first sample: a resumed run counts on.
 
+    Attributes:
+        unseen: Why nothing is known of NVIDIA's devices, and what to do; empty where all is well, or none is here.
+
     Raises:
         ImportError: psutil is not installed.
+        UsageError: See `sampling_seconds`.
     """
 
     def __init__(self, first: int) -> None:
@@ -34,9 +56,10 @@ class Monitor:
 
         self._psutil = psutil
         self._number = first
-        self._due = time.monotonic() + sampling_seconds()
+        self._every = sampling_seconds()
+        self._due = time.monotonic() + self._every
         self._network = self._traffic()
-        self._nvml, self._devices = _devices()
+        self._nvml, self._devices, self.unseen = _devices()
         psutil.cpu_percent()  # the next one is the mean since this one
 
     def take(self) -> list[Point]:
@@ -44,7 +67,7 @@ class Monitor:
         now = time.monotonic()
         if now < self._due:
             return []
-        self._due = now + sampling_seconds()
+        self._due = now + self._every
         at, number = time.time_ns() // 1_000_000, self._number
         self._number += 1
         return [(f"system/{name}", number, at, round(value, 1)) for name, value in self._sample().items()]
@@ -83,12 +106,15 @@ class Monitor:
         return found
 
 
-def _devices() -> tuple[Any, list[Any]]:
-    """NVIDIA's library and its devices; none where either is missing."""
+def _devices() -> tuple[Any, list[Any], str]:
+    """NVIDIA's library, its devices, and why there are none although the machine has some."""
     try:
         import pynvml  # type: ignore[import-not-found, unused-ignore]
 
         pynvml.nvmlInit()
-        return pynvml, [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    except Exception:  # noqa: BLE001 - not installed, or no driver: whatever it is, there is nothing to sample
-        return None, []
+        return pynvml, [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())], ""
+    except ImportError:
+        why = f"pynvml is missing\n  try: {INSTALL}"
+    except Exception as error:  # noqa: BLE001 - no driver, or another than the library's: nothing can be sampled
+        why = f"{error}\n  try: nvidia-smi"
+    return None, [], why if any(_DEVICE_FILES.glob("nvidia[0-9]*")) else ""

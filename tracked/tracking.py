@@ -43,7 +43,7 @@ from tracked.spool import read_json
 from tracked.state import Parts
 from tracked.stopping import Overfitting, Stopping
 from tracked.streams import Stream, batches_of
-from tracked.system_metrics import Monitor
+from tracked.system_metrics import INSTALL, Monitor
 
 PAUSED_EXIT = 75
 
@@ -130,10 +130,11 @@ class Run:
         self._over = False
         self._due = Due(settings.checkpoint_every)
         self._restored = attempt.restored
+        # It may refuse its settings; with the pipe the attempt begins.
+        self._monitor = self._monitored(attempt.first_sample) if settings.system_metrics else None
         retention = Retention(settings.keep_last, settings.keep_best, self.stopping.mode)
         self._pipe = Pipe(attempt, retention, self.progress, drain_timeout)
         self._points = self._pipe.points
-        self._monitor = self._monitored(attempt.first_sample) if settings.system_metrics else None
         if self._restored is not None:
             self._continue(self._restored)
         if (self.attempt == 1 or self._restored is None) and attempt.params:
@@ -920,10 +921,16 @@ class Run:
 
     def _monitored(self, first_sample: int) -> Monitor | None:
         try:
-            return Monitor(first_sample)
+            monitor = Monitor(first_sample)
         except ImportError:
-            self.progress.warn("no system metrics are logged: psutil is missing\n  try: pip install psutil")
+            self.progress.warn(f"no system metrics are logged: psutil is missing\n  try: {INSTALL}")
             return None
+        except UsageError:
+            self._attempt.lock.release()
+            raise
+        if monitor.unseen:
+            self.progress.warn(f"no metrics of the GPU are logged: {monitor.unseen}")
+        return monitor
 
     def _beside(self, said: Mapping[str, Any]) -> None:
         """Take note of what the sender says and of how the machine does, and show how far it is."""
