@@ -180,7 +180,7 @@ _shown = _options(
     click.option(
         "--register",
         metavar="NAME",
-        help="Log the model, and register it under this name with the alias `best`.",
+        help="Log the model, and register it under this name; the best version has the alias `best`.",
     ),
 )
 _how = _options(

@@ -250,7 +250,7 @@ class Run:
 
         Args:
             data: A data set. See `datasets.described` for what is looked at.
-            context: What it is for.
+            context: What it is for; the metrics `CONTEXT/…` were measured on it (of "validation": `val/…`).
         """
         self._inputs.append((data, context))
 
@@ -545,7 +545,7 @@ class Run:
         Args:
             write: See `modelling`.
             step: The step of its weights.
-            register: The name in the model registry under which it becomes a version, with the alias `best`.
+            register: The name in the model registry under which it becomes a version; the best has the alias `best`.
 
         Raises:
             SpoolError: The spool cannot be written.
