@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 
 from tests.nursery import Nursery
 from tests.processes import Result, Workplace
+from tests.servers import FakeFront
 from tracked import comparison, plots
 from tracked.comparison import Comparison, compare
 from tracked.errors import RunNotFound, UsageError
@@ -292,6 +293,20 @@ def test_only_the_histories_of_those_that_may_be_the_best_are_read(
 
     assert [run.summary.run_id for run in found.runs] == [runs[2], runs[1]]
     assert sorted(asked) == sorted([runs[1], runs[2], runs[4]])
+
+
+def test_runs_that_are_named_by_their_whole_ids_are_asked_for_together(
+    server_uri: str, tmp_path: Path
+) -> None:
+    with FakeFront(server_uri) as front:
+        server = Server(front.uri)
+        runs = [new_run(server, [1.0], lr=str(number)) for number in range(3)]
+        front.requests.clear()
+
+        found = compare(place_of(server, tmp_path), runs, silent)
+
+    assert [run.summary.run_id for run in found.runs] == runs
+    assert (front.count("runs/search"), front.count("runs/get")) == (1, 0)
 
 
 def test_runs_that_plain_mlflow_logged_are_compared_too(server: Server, tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracked.errors import UsageError
+from tracked.errors import ServerError, UsageError
 from tracked.inspection import (
     Summary,
     best_point,
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 History = Sequence[tuple[int, int, float]]
 
+_ALWAYS = frozenset({"pdf", "png", "svg"})  # forms of a picture that need not be asked of matplotlib
 _PATIENCE = 30.0  # seconds for an answer
 _METRICS = 6  # that the table and the picture show
 _SIDE_BY_SIDE = 4  # runs that have a column each; of more, each has a row
@@ -201,7 +206,8 @@ def compare(
 
     server = Server(place.tracking_uri, timeout=_PATIENCE, create=False)
     if experiment is None:
-        found = [find(server, place, word, say)[0] for word in words]
+        known = _by_id(server, words)
+        found = [known.get(word) or find(server, place, word, say)[0] for word in words]
         views = list({view.run_id or view.tags[HANDLE]: view for view in found}.values())
     elif words:
         raise UsageError(
@@ -218,8 +224,10 @@ def compare(
             expected="at least two different runs",
             try_next="python -m tracked.run list",
         )
-    metric, known = _compared_by(views, metric, mode)
-    mode = known or usual_mode(metric or "")
+    if with_curves:  # matplotlib takes a second to import, and the server as long to answer
+        threading.Thread(target=import_module, args=["tracked.plots"], daemon=True).start()
+    metric, said = _compared_by(views, metric, mode)
+    mode = said or usual_mode(metric or "")
     if experiment is not None:
         views = _hopeful(views, (metric or "", mode), top)
     histories: dict[str, History] = {}
@@ -250,7 +258,7 @@ def compare(
         # The best ones have names in a picture of many.
         drawn = on_server if len(on_server) <= _NAMED else _best_first(on_server, best, mode)
         curves = _curves(server, drawn, metric, histories)
-    return Comparison(compared, metric, mode, known is not None, server.compare_url(on_server, _UI), curves)
+    return Comparison(compared, metric, mode, said is not None, server.compare_url(on_server, _UI), curves)
 
 
 def draw(comparison: Comparison, file: Path) -> None:
@@ -288,12 +296,11 @@ def check_picture(file: Path) -> None:
     Raises:
         UsageError: matplotlib does not know the suffix, or the folder cannot be written to.
     """
-    from tracked import plots
-
-    if file.suffix[1:].lower() not in plots.forms():
+    form = file.suffix[1:].lower()
+    if form not in _ALWAYS and form not in (forms := _forms()):
         raise UsageError(
             f"{str(file)!r} does not end like a picture",
-            expected=f"one of {', '.join(f'.{form}' for form in plots.forms())}",
+            expected=f"one of {', '.join(f'.{form}' for form in forms)}",
             try_next=f"--to {file.with_suffix('.png') if file.name else 'curves.png'}",
         )
     if file.is_dir():
@@ -304,12 +311,32 @@ def check_picture(file: Path) -> None:
         raise _unwritable(file, "permission denied")
 
 
+def _forms() -> list[str]:
+    from tracked import plots
+
+    return plots.forms()
+
+
 def _unwritable(file: Path, why: str) -> UsageError:
     return UsageError(
         f"the picture {file} cannot be written: {why}",
         expected="a file in a folder that can be written to",
         try_next=f"--to {file.name or 'curves.png'}",
     )
+
+
+def _by_id(server: Server, words: Sequence[str]) -> dict[str, RunView]:
+    """The runs on the server whose whole IDs are among the words, in one request for all of them."""
+    whole = {word for word in words if re.fullmatch("[0-9a-f]{32}", word)}
+    if len(whole) < 2:
+        return {}
+    either = ", ".join(f"'{word}'" for word in whole)
+    with suppress(ServerError):  # whoever looks for each of them will meet it, and can tell
+        return {
+            view.run_id: view
+            for view in server.search(filter=f"attributes.run_id IN ({either})", limit=len(whole))
+        }
+    return {}
 
 
 def _in_experiment(server: Server, experiment: str) -> list[RunView]:
