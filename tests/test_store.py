@@ -351,7 +351,7 @@ def test_a_record_that_cannot_be_sent_is_left_out_and_holds_up_nothing(
     }
     runs = [new_run(behind_front) for _ in unsent]
     for run_id, (kind, body) in zip(runs, unsent.items(), strict=True):
-        behind_front._calls.add(run_id, kind, body)
+        behind_front._calls.add(run_id, (kind, body))
         behind_front.log_metric(run_id, Metric("loss", 1.0, NOW, 1))
 
     assert [behind_front.get_run(run_id).data.metrics["loss"] for run_id in runs] == [1.0, 1.0, 1.0]

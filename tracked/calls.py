@@ -33,6 +33,9 @@ LOOK_AFTER_SECONDS = 1.0
 LONGEST_IDLE_SECONDS = 30.0
 _POLL_SECONDS = 0.005
 
+Entry = tuple[str, Any]
+"""A call: `points` or `linked` and one point, or the kind of a record and its body."""
+
 
 def read_timeout() -> float:
     """How long a call waits that needs the server's answer: `TRACKED_READ_TIMEOUT`, else 300 s.
@@ -52,7 +55,7 @@ class _Writer:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self.entries: list[tuple[str, Any]] = []
+        self.entries: list[Entry] = []
         self.undelivered = False
         self.trouble = ""
         """Why what was logged is in memory alone."""
@@ -85,7 +88,7 @@ class _Writer:
                 self._journal = None
 
     @staticmethod
-    def _append(journal: Journal, entries: list[tuple[str, Any]]) -> bool:
+    def _append(journal: Journal, entries: list[Entry]) -> bool:
         """Journal the entries, neighbours of a kind together; whether the run has ended with them."""
         ended = False
         for kind, group in groupby(entries, key=itemgetter(0)):
@@ -128,10 +131,10 @@ class Calls:
 
     # -- from whoever logs
 
-    def add(self, run_id: str, kind: str, body: Any) -> None:
-        """Have a call journaled: a `points` entry is one point, any other the body of a record."""
+    def add(self, run_id: str, *entries: Entry) -> None:
+        """Have calls journaled."""
         writer = self._writers.get(run_id) or self._begin(run_id)
-        writer.entries.append((kind, body))
+        writer.entries.extend(entries)
         # The thread that flushes may be late on a busy machine, or waiting for a sender to start.
         if self._finished or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()

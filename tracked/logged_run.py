@@ -106,7 +106,7 @@ class LoggedRun:
         path_there = f"checkpoints/{folder_name(step)}/{name}"
         saved_at = time.time_ns() // 1_000_000
         body = {**about, "saved_at": saved_at, "file": name, "path": path_there, "keep_last": keep_last}
-        journaled.add(self.run_id, "checkpoint", body)
+        journaled.add(self.run_id, ("checkpoint", body))
         journaled.flush()
 
     def fetch_checkpoint(self) -> Path | None:

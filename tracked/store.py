@@ -58,7 +58,7 @@ from mlflow.utils.validation import (
 
 from tracked import calls
 from tracked.address import PLUGIN, database, normalise_uri, redact
-from tracked.calls import Calls, read_timeout
+from tracked.calls import Calls, Entry, read_timeout
 from tracked.errors import NotDelivered
 from tracked.names import ATTEMPT, CALL, DIVERGED_AT, OVERRIDE, is_system
 from tracked.place import Place
@@ -262,7 +262,7 @@ class TrackingStore:
         status = RunStatus.to_string(run_status)
         wire = UpdateRun(end_time=end_time)
         ended = wire.end_time if wire.HasField("end_time") else None
-        self._calls.add(run_id, "status", {"status": status, "end_time": ended})
+        self._calls.add(run_id, ("status", {"status": status, "end_time": ended}))
         known.info = known.info._copy_with_overrides(status=status, end_time=ended)  # noqa: SLF001
         self._print_address(known.info)
         return known.info
@@ -332,9 +332,9 @@ class TrackingStore:
     def log_metric(self, run_id: str, metric: Metric) -> None:
         if run_id not in self._runs or run_id == self._resumed:
             self._writable(run_id)
-        kind, entry = self._checked(run_id, metric)
+        entry = self._checked(run_id, metric)
         if not self._stands(run_id, metric):
-            self._calls.add(run_id, kind, entry)
+            self._calls.add(run_id, entry)
 
     def _stands(self, run_id: str, metric: Metric) -> bool:
         """Whether it is a point of an earlier attempt, which is not written twice."""
@@ -342,7 +342,7 @@ class TrackingStore:
         if resumption is None or not resumption.stands(metric.key, metric.step, float(metric.value)):
             return False
         if resumption.diverged:
-            self._calls.add(run_id, "tags", {DIVERGED_AT: resumption.diverged})
+            self._calls.add(run_id, ("tags", {DIVERGED_AT: resumption.diverged}))
         return True
 
     def log_param(self, run_id: str, param: Param) -> None:
@@ -353,7 +353,7 @@ class TrackingStore:
         if known.params.setdefault(param.key, checked.value) != checked.value:
             self._change(run_id, self._inner.log_param, param)
         else:
-            self._calls.add(run_id, "params", {checked.key: checked.value})
+            self._calls.add(run_id, ("params", {checked.key: checked.value}))
 
     def set_tag(self, run_id: str, tag: RunTag) -> None:
         self._writable(run_id)
@@ -361,34 +361,33 @@ class TrackingStore:
         if tag.key == MLFLOW_RUN_NAME:
             self._change(run_id, self._inner.set_tag, tag)
         else:
-            self._calls.add(run_id, "tags", {checked.key: checked.value})
+            self._calls.add(run_id, ("tags", {checked.key: checked.value}))
 
     def log_batch(
         self, run_id: str, metrics: Sequence[Metric], params: Sequence[Param], tags: Sequence[RunTag]
     ) -> None:
         known = self._writable(run_id)
-        points = [self._checked(run_id, metric, f"metrics[{index}]") for index, metric in enumerate(metrics)]
+        points = [self._checked(run_id, metric, index) for index, metric in enumerate(metrics)]
         checked_params = [_checked_param(param, f"params[{index}]") for index, param in enumerate(params)]
         checked_tags = [_checked_tag(tag, f"tags[{index}]") for index, tag in enumerate(tags)]
         _validate_batch_log_limits(metrics, params, tags)
         _validate_param_keys_unique(params)
         params = checked_params = [param for param in checked_params if not self._keeps(run_id, param)]
-        news = [
-            (metric, entry)
-            for metric, entry in zip(metrics, points, strict=True)
-            if not self._stands(run_id, metric)
-        ]
+        if run_id == self._resumed:
+            stands = [self._stands(run_id, metric) for metric in metrics]
+            points = [point for point, stood in zip(points, stands, strict=True) if not stood]
+            metrics = [metric for metric, stood in zip(metrics, stands, strict=True) if not stood]
         changes = any(known.params.get(p.key, p.value) != p.value for p in checked_params)
         if changes or any(tag.key == MLFLOW_RUN_NAME for tag in tags):
-            self._change(run_id, self._inner.log_batch, [metric for metric, _ in news], params, tags)
+            self._change(run_id, self._inner.log_batch, metrics, params, tags)
             return
         known.params |= {param.key: param.value for param in checked_params}
-        for param in checked_params:
-            self._calls.add(run_id, "params", {param.key: param.value})
-        for _, (kind, point) in news:
-            self._calls.add(run_id, kind, point)
-        for tag in checked_tags:
-            self._calls.add(run_id, "tags", {tag.key: tag.value})
+        self._calls.add(
+            run_id,
+            *(("params", {param.key: param.value}) for param in checked_params),
+            *points,
+            *(("tags", {tag.key: tag.value}) for tag in checked_tags),
+        )
 
     def _keeps(self, run_id: str, param: Param) -> bool:
         """Whether a resumed run has another value of it already, which stays; what it was to be stands in a tag."""
@@ -396,11 +395,11 @@ class TrackingStore:
         if resumption is None or not resumption.keeps(param.key, param.value):
             return False
         if len(note := json.dumps({"params": resumption.overridden})) <= _LONGEST_TAG:
-            self._calls.add(run_id, "tags", {OVERRIDE: note})
+            self._calls.add(run_id, ("tags", {OVERRIDE: note}))
         return True
 
-    def _checked(self, run_id: str, metric: Metric, path: str = "") -> tuple[str, Any]:
-        """The entry for a metric.
+    def _checked(self, run_id: str, metric: Metric, index: int | None = None) -> Entry:
+        """The entry for a metric, which may be one of several.
 
         Raises:
             MlflowException: MLflow's own, for what it refuses.
@@ -414,7 +413,7 @@ class TrackingStore:
             and 0 <= timestamp < _INT64
             and -_INT64 <= step < _INT64
         ):
-            _validate_metric(key, value, timestamp, step, path)
+            _validate_metric(key, value, timestamp, step, "" if index is None else f"metrics[{index}]")
             self._names.add(key)
             wire = metric.to_proto()  # as a request would carry it
             value, timestamp, step = wire.value, wire.timestamp, wire.step
