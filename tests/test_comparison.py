@@ -281,6 +281,10 @@ def test_only_the_histories_of_those_that_may_be_the_best_are_read(
     runs = [new_run(embedded, [value, 5.0], experiment=experiment) for value in values]
     for run, value in zip(runs[:4], values, strict=False):  # the last was killed
         embedded.set_tags(run, {BEST: f"val/loss {value:.6g} at step 1"})
+    # To this one small gains did not count.
+    runs.append(new_run(embedded, [0.46, 5.0], experiment=experiment))
+    settings = json.dumps({"monitor": "val/loss", "mode": "min", "min_delta": 0.05})
+    embedded.set_tags(runs[5], {SETTINGS: settings, BEST: "val/loss 0.5 at step 1"})
     asked: list[str] = []
 
     def histories(server: Server, run_ids: Sequence[str], key: str) -> object:
@@ -292,7 +296,7 @@ def test_only_the_histories_of_those_that_may_be_the_best_are_read(
     found = compare(place_of(embedded, tmp_path), [], silent, experiment=experiment, top=2)
 
     assert [run.summary.run_id for run in found.runs] == [runs[2], runs[1]]
-    assert sorted(asked) == sorted([runs[1], runs[2], runs[4]])
+    assert sorted(asked) == sorted([runs[1], runs[2], runs[4], runs[5]])
 
 
 def test_runs_that_are_named_by_their_whole_ids_are_asked_for_together(

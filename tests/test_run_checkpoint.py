@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from tests.processes import ROOT, Workplace
 from tracked.errors import CheckpointError
 from tracked.logged_run import LoggedRun
+from tracked.resumption import Edge, Resumption, points_again
 
 # Killed when all that was logged is on the server: what the checkpoint does not know would stand there twice.
 DYING = """
@@ -357,6 +358,26 @@ def test_a_checkpoint_that_is_not_where_it_should_be_ends_no_training(remote_wor
 
     assert process.returncode == 0, stderr
     assert "there is no checkpoint at" in stderr
+
+
+@pytest.mark.parametrize(
+    ("history", "again"),
+    [
+        ([(9, 10, 1.0), (10, 20, 1.0), (10, 21, 1.0), (11, 30, 2.0)], {10: [1.0, 1.0], 11: [2.0]}),
+        ([(0, 10, 1.0), (1, 20, 2.0), (2, 30, 3.0)], {2: [3.0]}),  # epochs
+        ([(0, 10, 1.0), (0, 20, 2.0), (0, 30, 3.0)], {}),  # logged without a step
+    ],
+)
+def test_what_will_be_logged_again_lies_beyond_the_checkpoint_by_step_or_time(
+    history: list[tuple[int, int, float]], again: dict[int, list[float]]
+) -> None:
+    assert points_again(history, Edge(10, 25)) == again
+
+
+def test_a_point_stands_as_often_as_it_was_delivered() -> None:
+    resumption = Resumption({}, {"loss": {1: [0.5, 0.5]}})
+
+    assert [resumption.stands("loss", 1, 0.5) for _ in range(3)] == [True, True, False]
 
 
 def test_a_checkpoint_that_does_not_exist_is_refused(tmp_path: Path) -> None:

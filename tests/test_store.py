@@ -359,6 +359,40 @@ def test_a_record_that_cannot_be_sent_is_left_out_and_holds_up_nothing(
     assert caplog.text.count("left out, as it cannot be delivered") == 3
 
 
+def test_points_of_a_model_that_were_delivered_without_an_answer_hold_up_nothing(
+    front: FakeFront, behind_front: TrackingStore, server_uri: str
+) -> None:
+    run_id = new_run(behind_front)
+    model = behind_front.create_logged_model("0", "model", run_id)
+    front.drop_answer("runs/log-batch", times=1)
+    points = [Metric(f"m{key}", 1.0, NOW, 1, model.model_id, run_id=run_id) for key in range(150)]
+    behind_front.log_batch(run_id, points, [], [])
+    for value in range(30):  # within one millisecond, at one step: MLflow keeps one of them for the model
+        behind_front.log_metric(run_id, Metric("loss", float(value), NOW, 0, model.model_id))
+    behind_front.update_run_info(run_id, RunStatus.FINISHED, NOW, None)
+
+    run = behind_front.get_run(run_id)
+
+    assert (run.info.status, len(run.data.metrics)) == ("FINISHED", 151)
+    assert sorted(value for _, _, value in history(server_uri, run_id)) == [float(each) for each in range(30)]
+    assert len(behind_front.get_logged_model(model.model_id).metrics) == 151
+
+
+def test_a_model_of_somebody_else_is_logged_to_while_the_server_is_away(
+    front: FakeFront, behind_front: TrackingStore, server_uri: str
+) -> None:
+    run_id = new_run(behind_front)
+    model = MlflowClient(server_uri).create_logged_model("0", "model", run_id)
+    front.answer("logged-models", Answer(503, b"down"))
+
+    began = time.perf_counter()
+    behind_front.log_metric(run_id, Metric("loss", 1.0, NOW, 0, model.model_id))
+    assert time.perf_counter() - began < 5
+
+    front._rules.clear()
+    assert behind_front.get_run(run_id).data.metrics == {"loss": 1.0}
+
+
 def test_a_full_disk_is_told_where_something_is_read_and_at_the_end(
     behind_front: TrackingStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -170,10 +170,16 @@ class Calls:
         folders = self._undelivered() if run_id is None else [self.outbox.called(run_id)]
         waiting = [end for folder in folders for end in _ends(folder)]
         seconds = read_timeout()
-        for journal, _ in self._await(waiting, seconds):
+        for journal, _ in self._await(waiting, seconds, 0.0 if run_id is None else sender.LONGEST_BACK_OFF):
             folder = RunFolder(journal.parent)
-            if run_id is None and _is_deleted(folder):
-                continue
+            if _is_deleted(folder):
+                if run_id is None:
+                    continue
+                raise NotDelivered(
+                    f"run {folder.handle} was deleted on the server; what was logged to it since waits for it",
+                    expected="a run that is not in the bin",
+                    try_next=f"mlflow runs restore --run-id {folder.handle}",
+                )
             trouble = folder.about.get("trouble")
             raise NotDelivered(
                 f"what was logged to run {folder.handle} has not reached the server after {seconds:g} s"
@@ -182,13 +188,23 @@ class Calls:
                 try_next="the same again: nothing is lost, and TRACKED_READ_TIMEOUT=… waits for longer",
             )
 
-    def _await(self, waiting: list[tuple[Path, Place]], seconds: float) -> list[tuple[Path, Place]]:
-        """Those of the journals that have not been delivered up to their place after so many seconds."""
-        deadline = time.monotonic() + seconds
+    def _await(
+        self, waiting: list[tuple[Path, Place]], seconds: float, of_deleted: float = 0.0
+    ) -> list[tuple[Path, Place]]:
+        """Those of the journals that have not been delivered up to their place after so many seconds.
+
+        Where all that is left is of deleted runs, after `of_deleted` seconds: one may have been restored just now.
+        """
+        began = time.monotonic()
+        deadline = began + seconds
         urged = 0.0
         while waiting := [each for each in waiting if not _is_delivered(*each)]:
             now = time.monotonic()
-            if now > deadline or all(_is_deleted(RunFolder(journal.parent)) for journal, _ in waiting):
+            if now > deadline:
+                break
+            if now - began > of_deleted and all(
+                _is_deleted(RunFolder(journal.parent)) for journal, _ in waiting
+            ):
                 break
             if now - urged > LOOK_AFTER_SECONDS:
                 urged = now

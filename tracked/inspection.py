@@ -263,8 +263,11 @@ def monitored_by(view: RunView) -> tuple[str, Mode]:
 
 
 def own_best(view: RunView) -> float | None:
-    """The best value of what the run monitors, to six digits, as the training told it when it ended."""
-    told = told_best(view.tags)
+    """The best value of what the run monitors, to six digits, as the training told it when it ended.
+
+    None also where small gains did not count for it: then it need not be the best of the history.
+    """
+    told = None if object_in(view.tags.get(SETTINGS)).get("min_delta") else told_best(view.tags)
     # Who was killed has left the tag of an earlier attempt.
     if told is None or told[0] != monitored_by(view)[0] or view.tags.get(STATE) not in _ENDED_BY_ITSELF:
         return None

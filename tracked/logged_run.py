@@ -179,6 +179,8 @@ def left_behind(folder: RunFolder) -> list[Path]:
 
 
 def _is_alive(pid: str) -> bool:
+    if not pid.isdigit():
+        return False
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +67,10 @@ class Resumption:
 
     Args:
         params: That it has.
-        replay: Its points from the first step that is logged again: key -> step -> value.
+        replay: Its points that will be logged again: key -> step -> the value, as often as it stands there.
     """
 
-    def __init__(self, params: Mapping[str, str], replay: Mapping[str, Mapping[int, float]]) -> None:
+    def __init__(self, params: Mapping[str, str], replay: Mapping[str, Mapping[int, list[float]]]) -> None:
         self._params = dict(params)
         self._replay = replay
         self.diverged = ""
@@ -78,9 +78,10 @@ class Resumption:
 
     def stands(self, key: str, step: int, value: float) -> bool:
         """Whether an earlier attempt has delivered this point; the first of another value is told, and noted."""
-        delivered = self._replay.get(key, {}).get(step)
-        if delivered is None:
+        again = self._replay.get(key, {}).get(step)
+        if not again:
             return False
+        delivered = again.pop()
         if not same(stored(value), delivered) and not self.diverged:
             self.diverged = f"{key} at step {step}"
             log.warning(
@@ -99,11 +100,16 @@ class Resumption:
         return recorded != value
 
 
-def points_again(history: Iterable[tuple[int, int, float]], edge: Edge) -> dict[int, float]:
-    """Of one key's points (step, timestamp, value) those that would be logged again: step -> value.
+def points_again(history: Sequence[tuple[int, int, float]], edge: Edge) -> dict[int, list[float]]:
+    """Of one key's points (step, timestamp, value) those that would be logged again: step -> its value, repeated.
 
     None of a key that has several values at one step: it is logged without a step of its own.
     """
-    points: dict[int, float] = {}
-    beyond = [(step, value) for step, timestamp, value in history if edge.is_before(step, timestamp)]
-    return points if all(same(points.setdefault(step, value), value) for step, value in beyond) else {}
+    values: dict[int, float] = {}
+    if not all(same(values.setdefault(step, value), value) for step, _, value in history):
+        return {}
+    points: dict[int, list[float]] = {}
+    for step, timestamp, value in history:
+        if edge.is_before(step, timestamp):
+            points.setdefault(step, []).append(value)
+    return points

@@ -62,7 +62,15 @@ from tracked.errors import (
 )
 from tracked.names import HANDLE, stored
 from tracked.packing import LinkedPoint, Point
-from tracked.transport import Http, OneRequestRegistry, OneRequestStore, brief, first_words, no_answer
+from tracked.transport import (
+    Http,
+    OneRequestRegistry,
+    OneRequestStore,
+    brief,
+    first_words,
+    is_refused_for_good,
+    no_answer,
+)
 
 __all__ = ["Latest", "RunView", "Server", "stored"]
 
@@ -878,7 +886,7 @@ class Server:
             return NoSuchRun(
                 f"{self.place}: {said}", expected="something that is on the server", try_next="tracked list"
             )
-        if error.error_code == "INVALID_PARAMETER_VALUE":
+        if error.error_code == "INVALID_PARAMETER_VALUE" or is_refused_for_good(error.message):
             return RecordRejected(f"{self.place}: {said}", expected="a record that MLflow can store")
         if "database schema" in error.message:
             return ServerRefused(

@@ -70,6 +70,7 @@ log = logging.getLogger("tracked")
 _INT64 = 1 << 63
 _LONGEST_TAG = 8000  # characters, as MLflow has it
 _RETRY_SECONDS = 1.0
+_LOOK_SECONDS = 2.0
 _MONITOR = "SystemMetricsMonitor"
 
 # What these answer, or change, depends on all runs, or on one that their arguments do not name.
@@ -168,13 +169,30 @@ class _OnceStore(RestStore):
         finally:
             self._asking.once = False
 
-    def _call_endpoint(self, api: Any, json_body: str | None = None, *args: Any, **kwargs: Any) -> Any:
+    def check_model(self, model_id: str) -> None:
+        """Refuse a model that the server does not have, if it says so within seconds."""
+        self._asking.once, self._asking.seconds = True, _LOOK_SECONDS
+        try:
+            self.get_logged_model(model_id)
+        except MlflowException as error:
+            if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+        finally:
+            self._asking.once, self._asking.seconds = False, None
+
+    def _call_endpoint(
+        self, api: Any, json_body: str | None = None, endpoint: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         if not getattr(self._asking, "once", False):
-            return super()._call_endpoint(api, json_body, *args, **kwargs)  # type: ignore[no-untyped-call]
+            return super()._call_endpoint(api, json_body, endpoint, *args, **kwargs)  # type: ignore[no-untyped-call]
         path, method = self._METHOD_TO_INFO[api]
+        path = endpoint or path
         body = json.loads(json_body) if json_body else None
         request = {"params" if method == "GET" else "json": body}
-        response = http_request(self.get_host_creds(), path, method, max_retries=0, **request)
+        seconds = getattr(self._asking, "seconds", None)
+        response = http_request(
+            self.get_host_creds(), path, method, max_retries=0, timeout=seconds, **request
+        )
         answer = api.Response()
         parse_dict(verify_rest_response(response, path).json(), answer)
         return answer
@@ -428,11 +446,10 @@ class TrackingStore:
         """Refuse a model that the server does not have, as it would itself."""
         if model_id in self._models:
             return
-        try:
+        if isinstance(self._inner, _OnceStore):
+            self._inner.check_model(model_id)
+        else:
             self._inner.get_logged_model(model_id)
-        except MlflowException as error:
-            if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-                raise
         self._models.add(model_id)
 
     def create_logged_model(self, *args: Any, **kwargs: Any) -> LoggedModel:

@@ -122,6 +122,12 @@ class Http:
                 expected="the address of an MLflow server",
                 try_next="--tracking-uri",
             ) from None
+        except (TypeError, ValueError) as error:
+            # A way to authenticate that fails: of the record it says nothing.
+            raise ServerRefused(
+                f"no request to {self.host} can be made: {self.scrub(first_words(str(error)))}",
+                expected="MLFLOW_TRACKING_… settings that MLflow accepts",
+            ) from None
         except MlflowException as error:
             cause = error.__cause__ or error.__context__
             if isinstance(cause, requests.RequestException):
@@ -151,7 +157,7 @@ class Http:
             "RESOURCE_ALREADY_EXISTS",
         ):
             return RestException(answer)
-        if code == "BAD_REQUEST" and "foreign key" in str(answer.get("message")).lower():  # of no such model
+        if code == "BAD_REQUEST" and is_refused_for_good(str(answer.get("message"))):
             return RestException({**answer, "error_code": "INVALID_PARAMETER_VALUE"})
         # BAD_REQUEST is MLflow's word for a database that refused: asked again, two that wrote one param at the
         # same time learn who was first.
@@ -236,6 +242,14 @@ class OneRequestRegistry(RegistryStore):
         path, method = self._get_endpoint_from_method(api)  # type: ignore[no-untyped-call]
         answer = self._get_response_from_method(api)  # type: ignore[no-untyped-call]
         return self._http.message(method, path, json_body, answer)
+
+
+def is_refused_for_good(message: str) -> bool:
+    """Whether a database says that it can never store a record.
+
+    That is a point of a model that is gone, or a model's second value of the same step and millisecond.
+    """
+    return "foreign key" in message.lower() or "logged_model_metrics" in message
 
 
 def no_answer(place: str, reason: str) -> ServerUnavailable:

@@ -220,9 +220,10 @@ def gc(place: Place, *, dry_run: bool, say: Say) -> int:
             if not any(is_trained(run) or run.journals() for run in local.get(handle, [])):
                 _clean_server(server, view, waste)
     for outbox in spool.outboxes(place.spool):
-        for run in outbox.all_called():
-            for path in left_behind(run):
-                waste.delete(path, "left by a program that was killed while it saved")
+        # Which processes of another machine live nobody knows here.
+        here = outbox.path.parent.name.startswith(f"{host_name()}-")
+        for path in [path for run in outbox.all_called() if here for path in left_behind(run)]:
+            waste.delete(path, "left by a program that was killed while it saved")
         if outbox.path.parent.name != f"{host_name()}-{boot_id()[:8]}":
             _clean_outbox(outbox, waste)
     say(f"{'would free' if dry_run else 'freed'} {readable(waste.freed)}")
