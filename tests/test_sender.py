@@ -51,7 +51,7 @@ class Writing:
             "experiment": self.experiment,
             "name": None,
             "start_time": 1_700_000_000_000,
-            "tags": {"tracked.state": "running"},
+            "tags": {"tracked.state": "running", "mlflow.source.name": "train.py"},
             "attempt": self.number,
             "nonce": "0123456789abcdef",
         }
