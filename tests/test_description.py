@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,7 +95,9 @@ def test_a_program_that_was_started_as_a_module_is_gone_on_with_as_one(workplace
     (run,) = client.search_runs([experiment.experiment_id])
     line = run.data.tags[NOTE].rpartition("\n\n    ")[2]
     assert line == f"python -m tracked.run resume {run.info.run_id} -- python -m package.train"
-    gone_on = workplace.program(*shlex.split(line)[1:])
+    # The line says `python`, as is typed where the environment is activated.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    gone_on = workplace.program(*shlex.split(line)[1:], env={"PATH": path})
     assert gone_on.wait(90) == 0, gone_on.communicate()
     assert "Attempts: 2, the last one finished." in seen(workplace, run.info.run_id).data.tags[NOTE]
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +27,7 @@ from tests.proofs import assert_whole, curves, handle_of, only_run, run_id_of, t
 from tests.servers import Answer, FakeFront, MlflowServer, Request, _Rule
 from tracked import delivery, sender
 from tracked.delivery import Delivery
+from tracked.errors import ServerUnavailable
 from tracked.journal import Journal
 from tracked.packing import pack
 from tracked.sender import Sender
@@ -483,6 +485,31 @@ def test_a_lane_that_is_late_does_not_tell_the_next_attempt_that_it_is_supersede
     monkeypatch.setattr(late, "_lease_until", 0.0)
     assert not late.is_open()
     assert writing.folder.about == told
+
+
+def test_a_machine_that_sleeps_in_the_middle_of_a_request_sends_no_more_of_it(
+    post: Post, server_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing = post.writing()
+    writing.points("loss", 0, 10)
+    writing.end()
+    sleeper = Delivery(writing.journal.folder, Server(server_uri, timeout=30))
+    assert sleeper.is_open()
+    run_id = writing.folder.about["run_id"]
+    send_headers = HTTPConnection.endheaders
+
+    def fall_asleep(self: HTTPConnection, *args: Any, **kwargs: Any) -> None:
+        send_headers(self, *args, **kwargs)
+        monkeypatch.undo()
+        MlflowClient(server_uri).log_param(run_id, "tracked.attempt.2", "another's")
+        monkeypatch.setattr(delivery, "_boot_seconds", lambda: time.monotonic() + 1e9)
+
+    monkeypatch.setattr(HTTPConnection, "endheaders", fall_asleep)
+    with pytest.raises(ServerUnavailable, match="too much time has passed"):
+        sleeper.send_points()
+    assert not sleeper.send_points()
+    assert writing.folder.about["superseded"] is True
+    assert curves(server_uri, run_id) == {}
 
 
 def test_an_attempt_superseded_before_its_sender_first_asks_hears_of_it(post: Post, server_uri: str) -> None:

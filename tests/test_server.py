@@ -413,6 +413,20 @@ def test_an_invalid_record_is_rejected_and_nothing_of_its_batch_is_stored(server
     assert server.history(run.run_id, "good") == []
 
 
+@pytest.mark.parametrize("count", [10, 1500])
+def test_what_may_no_longer_be_sent_is_not_stored(server: Server, count: int) -> None:
+    run = new_run(server)
+    points = [("loss", step, 1000, step / 7) for step in range(count)]
+
+    with pytest.raises(ServerUnavailable, match="sent nothing"):
+        server.log(run.run_id, points, {"lr": "0.1"}, {}, may_send=lambda: False)
+    assert (server.history(run.run_id, "loss"), server.get_run(run.run_id).params) == ([], {})
+
+    server.log(run.run_id, points, {"lr": "0.1"}, {}, may_send=lambda: True)
+    assert server.history(run.run_id, "loss") == [(step, 1000, step / 7) for step in range(count)]
+    assert server.get_run(run.run_id).params == {"lr": "0.1"}
+
+
 def test_a_param_cannot_be_changed_but_may_be_repeated(server: Server) -> None:
     run = new_run(server)
     server.log_params(run.run_id, {"claim": "mine"})

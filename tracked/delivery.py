@@ -222,10 +222,11 @@ class Delivery:
         return read_json(kept)
 
     def _has_lease(self) -> bool:
+        return self._is_fresh() or self._renew()
+
+    def _is_fresh(self) -> bool:
         # Time that the machine spent suspended counts: somebody may have taken over meanwhile.
-        if _boot_seconds() < self._lease_until:
-            return True
-        return self._renew()
+        return _boot_seconds() < self._lease_until
 
     def _renew(self) -> bool:
         assert self.view is not None
@@ -300,7 +301,7 @@ class Delivery:
             for record in batch:
                 points += unpack(record.body) if record.kind == "points" else record.body["points"]
             if not self.is_open():
-                return False  # the machine may have slept while all of this was read
+                return False  # reading all of this may have taken longer than a look counts
             # What a slow server could not store in time, it could never, if as much came again.
             self._points_at_once = max(1, count // 2)
             self._send(points, **facts)
@@ -321,7 +322,7 @@ class Delivery:
         """Send all of it; what the server finds invalid is found by halves, and left out."""
         assert self.view is not None
         try:
-            self.server.log(self.view.run_id, points, params, tags)
+            self.server.log(self.view.run_id, points, params, tags, may_send=self._is_fresh)
         except RecordRejected as error:
             items: list[tuple[str, Any]] = [
                 *(("point", point) for point in points),

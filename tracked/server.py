@@ -9,7 +9,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,6 +70,7 @@ from tracked.transport import (
     first_words,
     is_refused_for_good,
     no_answer,
+    too_late,
 )
 
 __all__ = ["Latest", "RunView", "Server", "stored"]
@@ -299,26 +300,47 @@ class Server:
         points: Sequence[Point | LinkedPoint],
         params: Mapping[str, str],
         tags: Mapping[str, str],
+        *,
+        may_send: Callable[[], bool] = lambda: True,
     ) -> None:
         """Write all of it, in one transaction and one request where that holds so much.
 
+        Args:
+            run_id: The run.
+            points: Up to 1000 of them go in one transaction. A point written again adds nothing.
+            params: Values that the run has not, or has as they are.
+            tags: Values that take the place of older ones.
+            may_send: Asked at the last moment before anything leaves; where it says False, nothing does.
+
         Raises:
+            ServerUnavailable: also where `may_send` said False.
             RecordRejected: at least one of them can never be stored, or a param has another value already.
             NoSuchRun: the server does not have the run.
         """
         chunks = [*_chunks(params.items())], [*_chunks(tags.items())]
         if max(map(len, chunks)) > 1 or len(points) + len(params) + len(tags) > _POINTS_A_REQUEST:
-            self.log_points(run_id, points)
-            self.log_params(run_id, params)
-            self.set_tags(run_id, tags)
+            with self._sending_while(may_send):
+                self.log_points(run_id, points)
+                self.log_params(run_id, params)
+                self.set_tags(run_id, tags)
             return
-        with self._writing(run_id):
+        with self._sending_while(may_send), self._writing(run_id):
             self._store.log_batch(
                 run_id,
                 [_metric(point) for point in points],
                 [Param(key, value) for key, value in params.items()],
                 [RunTag(key, value) for key, value in tags.items()],
             )
+
+    @contextmanager
+    def _sending_while(self, may_send: Callable[[], bool]) -> Iterator[None]:
+        if self._http:
+            with self._http.sending_while(may_send):
+                yield
+        elif may_send():
+            yield
+        else:
+            raise too_late(self.place)
 
     def log_points(self, run_id: str, points: Sequence[Point | LinkedPoint]) -> None:
         """Write points, up to 1000 of them in one transaction. A point written again adds nothing.

@@ -6,13 +6,15 @@ user's; so they go along with each request instead.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
+import threading
 import time
 from base64 import b64encode
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -31,6 +33,21 @@ from tracked.address import redact
 from tracked.errors import ServerRefused, ServerUnavailable
 
 
+class _Body(io.BytesIO):
+    """A request's body that leaves this machine only while it may: each part of it is asked for when it is due."""
+
+    def __init__(self, body: bytes, place: str, may_leave: Callable[[], bool]) -> None:
+        super().__init__(body)
+        self._place = place
+        self._may_leave = may_leave
+
+    def read(self, size: int | None = -1) -> bytes:
+        part = super().read(size)
+        if part and not self._may_leave():
+            raise too_late(self._place)
+        return part
+
+
 class Http:
     """Requests to one server: a single attempt each, its credentials kept out of every text."""
 
@@ -41,6 +58,20 @@ class Http:
         self._timeout = timeout
         self.answered = -math.inf
         """When the server was there last, by `time.monotonic`."""
+        self._here = threading.local()
+
+    @contextmanager
+    def sending_while(self, may_leave: Callable[[], bool]) -> Iterator[None]:
+        """What this thread sends as JSON leaves only while `may_leave` says so, asked once all else is done.
+
+        A machine may sleep between any two lines: what is asked before a request is made holds no more when its
+        bytes go. Of a body that stays incomplete the server stores nothing.
+        """
+        self._here.may_leave = may_leave
+        try:
+            yield
+        finally:
+            del self._here.may_leave
 
     def credentials(self, host: str | None = None) -> MlflowHostCreds:
         creds: MlflowHostCreds = get_default_host_creds(host or self.host)
@@ -105,6 +136,12 @@ class Http:
         """An answer with status 200. `connect` and `read` are timeouts in s."""
         address = urlsplit(url)
         host = address._replace(path="", query="", fragment="").geturl()
+        if (may_leave := getattr(self._here, "may_leave", None)) and request.get("json") is not None:
+            body = json.dumps(request.pop("json"), allow_nan=False).encode()
+            request |= {
+                "data": _Body(body, self.host, may_leave),
+                "extra_headers": {"Content-Type": "application/json"},
+            }
         try:
             response: requests.Response = http_request(
                 self.credentials(host),
@@ -130,6 +167,8 @@ class Http:
             ) from None
         except MlflowException as error:
             cause = error.__cause__ or error.__context__
+            if isinstance(cause, ServerUnavailable):
+                raise cause from None
             if isinstance(cause, requests.RequestException):
                 raise no_answer(self.host, self.scrub(brief(cause))) from None
             # Not the network: a way to authenticate that is not installed, a setting that cannot be read.
@@ -257,6 +296,14 @@ def no_answer(place: str, reason: str) -> ServerUnavailable:
         f"{place} gave no usable answer: {reason}",
         expected="an MLflow server that answers",
         try_next=f"curl {place}/health" if place.startswith("http") else "the same again",
+    )
+
+
+def too_late(place: str) -> ServerUnavailable:
+    return ServerUnavailable(
+        f"{place} was sent nothing: since it was asked whose run this is, too much time has passed",
+        expected="a machine that does not sleep in the middle of a request",
+        try_next="the same again",
     )
 
 
