@@ -222,9 +222,10 @@ class Delivery:
         return read_json(kept)
 
     def _has_lease(self) -> bool:
-        return self._is_fresh() or self._renew()
+        return self._may_send() or self._renew()
 
-    def _is_fresh(self) -> bool:
+    def _may_send(self) -> bool:
+        """Whether the last look at the run's newest attempt counts still."""
         # Time that the machine spent suspended counts: somebody may have taken over meanwhile.
         return _boot_seconds() < self._lease_until
 
@@ -322,7 +323,7 @@ class Delivery:
         """Send all of it; what the server finds invalid is found by halves, and left out."""
         assert self.view is not None
         try:
-            self.server.log(self.view.run_id, points, params, tags, may_send=self._is_fresh)
+            self.server.log(self.view.run_id, points, params, tags, may_send=self._may_send)
         except RecordRejected as error:
             items: list[tuple[str, Any]] = [
                 *(("point", point) for point in points),
