@@ -217,8 +217,8 @@ def test_where_no_run_says_which_values_are_better_the_usual_ones_are_and_it_is_
     found = compare(place_of(embedded, tmp_path), runs, silent)
 
     assert found.runs[0].summary.best == best
-    assert f"the best {metric} is the {taken}: no run says otherwise" in found.table()
-    assert "says otherwise" not in compare(place_of(embedded, tmp_path), runs, silent, mode="max").table()
+    assert f"the best {metric} is taken to be the {taken}: the runs do not settle it" in found.table()
+    assert "settle" not in compare(place_of(embedded, tmp_path), runs, silent, mode="max").table()
 
 
 def test_a_param_that_is_called_like_a_column_does_not_replace_it(embedded: Server, tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def test_a_program_that_was_started_as_a_module_is_gone_on_with_as_one(workplace
         ("train.py", "python train.py --lr 1", "-- python train.py"),
         ("train.py", "python train.py -m package", "-- python train.py"),
         ("my nets/train.py", "", "-- python 'my nets/train.py'"),
+        (".", "python .", "-- python ."),
+        ("./", "python ./ --lr 1", "-- python ./"),
         ("/home/me/package/train.py", "python -um package.train x=1", "-- python -m package.train"),
         ("/home/me/package/__main__.py", "python -X dev -m package", "-- python -m package"),
     ],

@@ -33,6 +33,7 @@ from tracked.errors import (
 )
 from tracked.names import HANDLE, stored, validate_key
 from tracked.server import Latest, RunView, Server
+from tracked.transport import is_refused_for_good
 
 MLFLOW_INVALID = json.dumps({"error_code": "INVALID_PARAMETER_VALUE", "message": "no such thing"}).encode()
 MLFLOW_MISSING = json.dumps({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such run"}).encode()
@@ -473,6 +474,25 @@ def test_each_answer_becomes_its_own_error(front: FakeFront, answer: Answer, err
     if answer.status >= 400 and error in (ServerRefused, ServerUnavailable):
         assert str(answer.status) in str(raised.value)
     assert front.count("/runs/log-batch") == 1  # no attempt but ours
+
+
+@pytest.mark.parametrize(
+    ("said", "for_good"),
+    [
+        ("(sqlite3.IntegrityError) FOREIGN KEY constraint failed\n", True),
+        ("(sqlite3.IntegrityError) UNIQUE constraint failed: logged_model_metrics.model_id\n", True),
+        ('duplicate key value violates unique constraint "logged_model_metrics_pk"\n', True),
+        ("(1062, \"Duplicate entry 'm-1' for key 'logged_model_metrics.PRIMARY'\")\n", True),
+        ("(sqlite3.OperationalError) database is locked\n", False),
+        ("(sqlite3.OperationalError) database table is locked: logged_model_metrics\n", False),
+        ("(psycopg2.InterfaceError) connection already closed\n", False),
+    ],
+)
+def test_what_a_database_refuses_for_good_is_told_from_what_it_may_take_later(
+    said: str, for_good: bool
+) -> None:
+    message = f"{said}[SQL: INSERT INTO logged_model_metrics (model_id, key) VALUES (?, ?)]"
+    assert is_refused_for_good(message) is for_good
 
 
 def test_an_answer_of_another_shape_is_refused(front: FakeFront) -> None:

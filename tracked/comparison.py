@@ -129,7 +129,7 @@ class Comparison:
             taken, other = ("largest", "min") if self.mode == "max" else ("smallest", "max")
             lines += [
                 "",
-                f"the best {self.metric} is the {taken}: no run says otherwise (else --mode {other})",
+                f"the best {self.metric} is taken to be the {taken}: the runs do not settle it (else --mode {other})",
             ]
         if same:
             lines += ["", one_line(f"the same in all {len(self.runs)}: {', '.join(same)}", _LINE)]

@@ -335,6 +335,7 @@ class Delivery:
                 self._reject(kind, item if kind == "point" else dict([item]), error)
                 return
             for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+                self.is_open()  # looks again in time: what is interrupted here begins anew, with what was rejected
                 self._send(
                     [item for kind, item in half if kind == "point"],
                     dict(item for kind, item in half if kind == "params"),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _LONGEST_COMMAND = 1000  # characters; the whole of it stands in a tag of its own
 # What stands where Python has a program's file, when somebody types: in a shell of Python's own, or in a notebook.
-_NO_FILE = re.compile(r"(?:.*/)?(?:|-c|ipython3?|\w*kernel_launcher\.py|ipykernel/__main__\.py)")
+_NO_FILE = re.compile(r"|(?:.*/)?(?:-c|ipython3?|\w*kernel_launcher\.py|ipykernel/__main__\.py)")
 
 
 def has(view: RunView) -> bool:
@@ -95,21 +95,34 @@ def _line(run_id: str, state: str, tags: Mapping[str, str]) -> str:
     if SWEEP in tags:
         words += ["--trials", "N"] if state == "finished" else []
     elif EXPERIMENT_FILE not in tags:
-        source = tags.get("mlflow.source.name", "")
-        if _NO_FILE.fullmatch(source):
-            return f'with tracked.resume("{run_id}") as run:'
-        words += ["--", "python", *_program(source, tags.get("mlflow.tracked.command", ""))]
+        program = program_of(tags)
+        if not program:
+            return typed(run_id)
+        words += ["--", *program]
     else:
         words += {"finished": ["--epochs", "N"], "stopped_early": ["--patience", "K"]}.get(state, [])
     return shlex.join(words)
 
 
-def _program(source: str, command: str) -> list[str]:
-    """A program as Python was told of it: by its file, or as a module, whose neighbours it may import."""
-    module = re.search(r" -\w*m (\S+)", command)
-    dotted = ".".join(PurePath(source).with_suffix("").parts).removesuffix(".__main__")
+def typed(run_id: str) -> str:
+    """What goes on with a run that somebody began in a shell of Python's own, or in a notebook."""
+    return f'with tracked.resume("{run_id}") as run:'
+
+
+def program_of(tags: Mapping[str, str]) -> list[str]:
+    """The program that began a run, as Python was told of it; nothing where somebody typed into Python.
+
+    By its file, or as a module, whose neighbours it may import.
+    """
+    source = tags.get("mlflow.source.name", "")
+    if _NO_FILE.fullmatch(source):
+        return []
+    module = re.search(r" -\w*m (\S+)", tags.get("mlflow.tracked.command", ""))
+    path = PurePath(source)  # without a name where Python was given the folder it stood in
+    dotted = ".".join(path.with_suffix("").parts if path.name else ()).removesuffix(".__main__")
     # The option may be the program's own.
-    return ["-m", module[1]] if module and f".{dotted}".endswith(f".{module[1]}") else [source]
+    is_module = module is not None and f".{dotted}".endswith(f".{module[1]}")
+    return ["python", "-m", module[1]] if module is not None and is_module else ["python", source]
 
 
 def _code(line: str) -> str:

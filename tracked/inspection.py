@@ -13,7 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracked import spool
+from tracked import description, spool
 from tracked.address import PLUGIN, redact
 from tracked.errors import RecordRejected, RunNotFound, RunNotResumable, ServerError, UsageError
 from tracked.journal import START, Reader
@@ -543,9 +543,9 @@ def _try_next(server: Server, view: RunView, run: Summary) -> list[str]:
         return [f"MLFLOW_TRACKING_URI={shlex.quote(server.place)} mlflow runs restore --run-id {view.run_id}"]
     has_checkpoint = pointer_in(view.tags) is not None
     # What no experiment file made goes on in the script that made it.
-    script = ["--", "python", one_line(view.tags.get("mlflow.source.name") or "SCRIPT.py", _LINE)]
+    script = ["--", *(one_line(word, _LINE) for word in description.program_of(view.tags))]
     if HANDLE not in view.tags:
-        if not has_checkpoint or run.state == "finished":
+        if not has_checkpoint or run.state == "finished" or len(script) == 1:
             return []
         words = ["resume", run.run_id, "--tracking-uri", f"{PLUGIN}{server.place}", *script]
         return [f"{command} {shlex.join(words)}"]
@@ -558,8 +558,13 @@ def _try_next(server: Server, view: RunView, run: Summary) -> list[str]:
         return [f"{command} verify {run.run_id}", *([export] if has_checkpoint else [])]
     if SWEEP in view.tags:
         return [f"{command} resume {run.run_id}"]
-    words = ["resume", run.run_id, *([] if EXPERIMENT_FILE in view.tags else script)]
-    return [f"{command} {shlex.join(words)}"] if has_checkpoint else []
+    if not has_checkpoint:
+        return []
+    if EXPERIMENT_FILE in view.tags:
+        return [f"{command} resume {run.run_id}"]
+    if len(script) == 1:
+        return [description.typed(run.run_id)]
+    return [f"{command} {shlex.join(['resume', run.run_id, *script])}"]
 
 
 def page(run: Details) -> str:

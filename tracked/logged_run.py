@@ -96,6 +96,18 @@ class LoggedRun:
                 target = folder.checkpoints / copy.parent.name
                 shutil.rmtree(target, ignore_errors=True)
                 copy.parent.rename(target)
+                path_there = f"checkpoints/{folder_name(step)}/{name}"
+                saved_at = time.time_ns() // 1_000_000
+                body = {
+                    **about,
+                    "saved_at": saved_at,
+                    "file": name,
+                    "path": path_there,
+                    "keep_last": keep_last,
+                }
+                # While the folder stands that says who saves: what no journal tells of is freed otherwise.
+                journaled.add(self.run_id, ("checkpoint", body))
+                journaled.flush()
         except OSError as error:
             raise unusable(folder.path, error) from error
         waiting = sorted(
@@ -103,11 +115,6 @@ class LoggedRun:
         )
         for overtaken in waiting[1:-1]:  # the oldest may be on its way, and would begin anew for ever
             shutil.rmtree(folder.checkpoints / folder_name(overtaken), ignore_errors=True)
-        path_there = f"checkpoints/{folder_name(step)}/{name}"
-        saved_at = time.time_ns() // 1_000_000
-        body = {**about, "saved_at": saved_at, "file": name, "path": path_there, "keep_last": keep_last}
-        journaled.add(self.run_id, ("checkpoint", body))
-        journaled.flush()
 
     def fetch_checkpoint(self) -> Path | None:
         """The last checkpoint that arrived whole, downloaded: a file, or a folder; it is there until this process ends.

@@ -79,6 +79,7 @@ class Sender:
         self.deliveries: dict[Path, Delivery] = {}
         self._lock = threading.Lock()
         self._leaving = threading.Event()
+        self._refused: set[Path] = set()
 
     def serve(self) -> None:
         """Run the four threads until the outbox has been empty for a while."""
@@ -124,13 +125,11 @@ class Sender:
 
     def _close_done(self) -> None:
         for delivery in self._current():
-            try:
-                done = delivery.close_if_done()
-            except (TrackedError, OSError):
-                continue  # the lanes meet the same trouble, tell of it and wait
-            if done:
-                with self._lock:
-                    del self.deliveries[delivery.folder]
+            # The lanes meet the same trouble, tell of it and wait.
+            with contextlib.suppress(Exception):
+                if delivery.close_if_done():
+                    with self._lock:
+                        del self.deliveries[delivery.folder]
 
     def _work(self, send: Callable[[Delivery], bool]) -> None:
         """Serve all journals fairly, one request each in turn; one in trouble waits without the others."""
@@ -144,6 +143,7 @@ class Sender:
                 try:
                     moved = send(delivery) or moved
                     waits.pop(delivery.folder, None)
+                    self._refused.discard(delivery.folder)
                 except Exception as error:  # noqa: BLE001 - one journal's trouble, whatever it is, is not the others'
                     if not isinstance(error, TrackedError | OSError):
                         traceback.print_exc()
@@ -166,17 +166,22 @@ class Sender:
         text = error.found if isinstance(error, TrackedError) else str(error)
         with contextlib.suppress(OSError):  # a disk that is full, or a folder that is gone
             delivery.tell(trouble=redact(text)[:300], deleted=isinstance(error, RunDeleted))
-        if isinstance(error, ServerRefused) and not any(each.reader.is_written() for each in self._current()):
+        if not isinstance(error, ServerRefused):
+            return
+        self._refused.add(delivery.folder)
+        current = self._current()
+        if self._refused.issuperset(each.folder for each in current) and not any(
+            each.reader.is_written() for each in current
+        ):
             # The credentials came with the environment: the next `sync` or `resume` may bring better ones.
             self._leaving.set()
 
     def _beat(self) -> None:
         while not self._leaving.wait(heartbeat_seconds()):
             for delivery in self._current():
-                try:
+                # The lease runs out by itself, and the lanes tell of the trouble.
+                with contextlib.suppress(Exception):
                     delivery.beat()
-                except (TrackedError, OSError):
-                    continue  # the lease runs out by itself, and the lanes tell of the trouble
 
 
 def main() -> None:

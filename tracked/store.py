@@ -268,7 +268,8 @@ class TrackingStore:
         self._change(run_id, self._inner.delete_run)
 
     def restore_run(self, run_id: str) -> None:
-        self._change(run_id, self._inner.restore_run)
+        self._runs.pop(run_id, None)
+        self._inner.restore_run(run_id)  # without waiting: what waits does so until this is done
 
     def update_run_info(
         self, run_id: str, run_status: int | None, end_time: int | None, run_name: str | None

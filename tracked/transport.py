@@ -136,15 +136,19 @@ class Http:
         """An answer with status 200. `connect` and `read` are timeouts in s."""
         address = urlsplit(url)
         host = address._replace(path="", query="", fragment="").geturl()
+        credentials = self.credentials(host)
         if (may_leave := getattr(self._here, "may_leave", None)) and request.get("json") is not None:
             body = json.dumps(request.pop("json"), allow_nan=False).encode()
-            request |= {
-                "data": _Body(body, self.host, may_leave),
-                "extra_headers": {"Content-Type": "application/json"},
-            }
+            is_signed = bool(
+                credentials.aws_sigv4 or credentials.auth
+            )  # who signs a body reads the whole of it
+            if is_signed and not may_leave():
+                raise too_late(self.host)
+            request["data"] = body if is_signed else _Body(body, self.host, may_leave)
+            request["extra_headers"] = {"Content-Type": "application/json"}
         try:
             response: requests.Response = http_request(
-                self.credentials(host),
+                credentials,
                 url.removeprefix(host),
                 method,
                 max_retries=0,
@@ -288,7 +292,11 @@ def is_refused_for_good(message: str) -> bool:
 
     That is a point of a model that is gone, or a model's second value of the same step and millisecond.
     """
-    return "foreign key" in message.lower() or "logged_model_metrics" in message
+    said = message.partition("[SQL")[
+        0
+    ].lower()  # the statement follows, which names tables whatever went wrong
+    is_twice = "logged_model_metrics" in said and ("constraint" in said or "duplicate" in said)
+    return is_twice or "foreign key" in said
 
 
 def no_answer(place: str, reason: str) -> ServerUnavailable:
