@@ -24,6 +24,8 @@ from tracked.address import normalise_uri
 from tracked.spool import open_outbox
 
 _SENDER = "sender"
+_HANGS = 150.0
+"""After so many seconds a command is taken to hang; the first of a checkout reads PyTorch from a cold disk."""
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Trainer:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
 
-    def wait(self, seconds: float = 60) -> Result:
+    def wait(self, seconds: float = _HANGS) -> Result:
         """Let it run to its end."""
         wait_until(
             lambda: self.returncode is not None, f"the end of process {self.pid}: {self.errors}", seconds
@@ -116,7 +118,7 @@ class Nursery:
         *args: str | Path,
         check: bool = True,
         env: Mapping[str, str] | None = None,
-        seconds: float = 60,
+        seconds: float = _HANGS,
     ) -> Result:
         """Run a command to its end; with `check`, it must exit with 0."""
         result = self.start(workplace, *args, env=env).wait(seconds)
