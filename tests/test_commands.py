@@ -481,6 +481,13 @@ def test_a_run_that_a_script_made_is_shown_with_the_line_that_goes_on_with_it(wo
     assert inspection.look(place, scripted, silent).try_next == [
         f"python -m tracked.run resume {scripted} -- python script.py"
     ]
+    module = {"mlflow.source.name": "nets/train.py", "mlflow.tracked.command": "python -m nets.train"}
+    of_a_module = logged_run(workplace, **{**tags, **module}).run_id
+    typed = logged_run(workplace, **{**tags, "mlflow.source.name": "/opt/ipykernel_launcher.py"}).run_id
+    assert inspection.look(place, of_a_module, silent).try_next == [
+        f"python -m tracked.run resume {of_a_module} -- python -m nets.train"
+    ]
+    assert inspection.look(place, typed, silent).try_next == [f'with tracked.resume("{typed}") as run:']
     assert inspection.look(place, bare, silent).try_next == [f"python -m tracked.run verify {bare}"], (
         "without a checkpoint there is nothing to export"
     )

@@ -121,8 +121,9 @@ def program_of(tags: Mapping[str, str]) -> list[str]:
     path = PurePath(source)  # without a name where Python was given the folder it stood in
     dotted = ".".join(path.with_suffix("").parts if path.name else ()).removesuffix(".__main__")
     # The option may be the program's own.
-    is_module = module is not None and f".{dotted}".endswith(f".{module[1]}")
-    return ["python", "-m", module[1]] if module is not None and is_module else ["python", source]
+    if module and f".{dotted}".endswith(f".{module[1]}"):
+        return ["python", "-m", module[1]]
+    return ["python", source]
 
 
 def _code(line: str) -> str:

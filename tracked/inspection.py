@@ -543,11 +543,11 @@ def _try_next(server: Server, view: RunView, run: Summary) -> list[str]:
         return [f"MLFLOW_TRACKING_URI={shlex.quote(server.place)} mlflow runs restore --run-id {view.run_id}"]
     has_checkpoint = pointer_in(view.tags) is not None
     # What no experiment file made goes on in the script that made it.
-    script = ["--", *(one_line(word, _LINE) for word in description.program_of(view.tags))]
+    program = [one_line(word, _LINE) for word in description.program_of(view.tags)]
     if HANDLE not in view.tags:
-        if not has_checkpoint or run.state == "finished" or len(script) == 1:
+        if not has_checkpoint or run.state == "finished" or not program:
             return []
-        words = ["resume", run.run_id, "--tracking-uri", f"{PLUGIN}{server.place}", *script]
+        words = ["resume", run.run_id, "--tracking-uri", f"{PLUGIN}{server.place}", "--", *program]
         return [f"{command} {shlex.join(words)}"]
     if run.state == "running":
         return [f"{command} pause {run.run_id}"]
@@ -562,9 +562,9 @@ def _try_next(server: Server, view: RunView, run: Summary) -> list[str]:
         return []
     if EXPERIMENT_FILE in view.tags:
         return [f"{command} resume {run.run_id}"]
-    if len(script) == 1:
+    if not program:
         return [description.typed(run.run_id)]
-    return [f"{command} {shlex.join(['resume', run.run_id, *script])}"]
+    return [f"{command} {shlex.join(['resume', run.run_id, '--', *program])}"]
 
 
 def page(run: Details) -> str:

@@ -139,9 +139,8 @@ class Http:
         credentials = self.credentials(host)
         if (may_leave := getattr(self._here, "may_leave", None)) and request.get("json") is not None:
             body = json.dumps(request.pop("json"), allow_nan=False).encode()
-            is_signed = bool(
-                credentials.aws_sigv4 or credentials.auth
-            )  # who signs a body reads the whole of it
+            # Who signs a body reads the whole of it, long before it leaves.
+            is_signed = bool(credentials.aws_sigv4 or credentials.auth)
             if is_signed and not may_leave():
                 raise too_late(self.host)
             request["data"] = body if is_signed else _Body(body, self.host, may_leave)
@@ -292,9 +291,8 @@ def is_refused_for_good(message: str) -> bool:
 
     That is a point of a model that is gone, or a model's second value of the same step and millisecond.
     """
-    said = message.partition("[SQL")[
-        0
-    ].lower()  # the statement follows, which names tables whatever went wrong
+    # Behind it stands the statement, which names tables whatever went wrong.
+    said = message.partition("[SQL")[0].lower()
     is_twice = "logged_model_metrics" in said and ("constraint" in said or "duplicate" in said)
     return is_twice or "foreign key" in said
 
