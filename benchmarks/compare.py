@@ -47,7 +47,7 @@ def write_runs(directory: Path) -> list[str]:
     from mlflow.entities import Metric, Param
     from mlflow.store.tracking.dbmodels.models import SqlMetric
 
-    from tracked.server import open_database
+    from tracked.embedded import open_database
 
     file = directory / "mlflow.db"
     store = open_database(f"sqlite:///{file}", file)

@@ -212,7 +212,7 @@ if __name__ == "__main__":
     # What takes its time is imported once, here: MLflow, matplotlib, torch, and what torch's optimizers import.
     for module in (
         "torch._dynamo",
-        "tracked.server",
+        "tracked.embedded",
         "tracked.plots",
         "tracked.training",
         "tracked.progress",

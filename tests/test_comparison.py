@@ -111,6 +111,18 @@ def test_many_histories_are_those_that_are_asked_for_one_by_one(server: Server, 
     assert math.isnan(found[runs[1]][7][2])
 
 
+def test_what_one_answer_cannot_hold_is_asked_for_run_by_run(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tracked.server._POINTS_IN_BULK", 50)
+    runs = [new_run(server, [float(step) for step in range(count)]) for count in (3, 40, 45, 60, 1)]
+
+    found = server.histories(runs, "val/loss")
+
+    assert [len(found[run]) for run in runs] == [3, 40, 45, 60, 1]
+    assert found == {run: server.history(run, "val/loss") for run in runs}
+
+
 def test_a_thinned_history_keeps_its_ends_and_lies_evenly(server: Server) -> None:
     run = new_run(server, [float(step) for step in range(1, 2001)])
 

@@ -20,7 +20,7 @@ ROWS = """
 errors
 failpoints names address packing params provenance schedule stopping children deferred_compiler tables plots trials
 transport spool space ranking trial_runs allocator resumption description confusion
-artifacts journal archive sweep_plots flavour system_metrics
+artifacts embedded journal archive sweep_plots flavour system_metrics
 server seeding points state delivery drawing
 data call_delivery freezing search datasets
 streams groups sender experiment storage
@@ -42,7 +42,7 @@ run __main__
 
 # Libraries that take seconds, or that not everybody has: who may import them at all.
 ALLOWED = {
-    "mlflow": {"server", "transport", "artifacts", "store", "transformers", "flavour"},
+    "mlflow": {"server", "embedded", "transport", "artifacts", "store", "transformers", "flavour"},
     "optuna": {"search", "storage", "study", "drawing"},
     "matplotlib": {"plots", "sweep_plots"},
     "click": {"cli"},

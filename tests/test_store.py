@@ -43,6 +43,10 @@ def opened(uri: str, folder: Path) -> Iterator[TrackingStore]:
         store._calls.ensure_sender()
         yield store
     del calls._everywhere[:]
+    # Its thread would start another sender in place of the one that is ended here.
+    store._calls._finished = True
+    if store._calls._thread:
+        store._calls._thread.join()
     assert_no_sender_has_died(place)
     place.close()
 

@@ -167,7 +167,7 @@ class Delivery:
         else:
             tried = self.run.about.get("creating", False) or self._start.get("may_exist", False)
             self.tell(creating=True, handle=self.run.handle)
-            view = self.server.create_run(
+            view = self._made() or self.server.create_run(
                 experiment=self._start["experiment"],
                 handle=self.run.handle,
                 name=self._start["name"],
@@ -194,6 +194,13 @@ class Delivery:
             trouble="",
         )
         return True
+
+    def _made(self) -> RunView | None:
+        """The run as a sender before this one made it, also if it was deleted since: none is made in its place."""
+        run_id = self.run.about.get("run_id")
+        with contextlib.suppress(NoSuchRun):
+            return self.server.get_run(run_id) if run_id else None
+        return None
 
     def _link(self, origin: str, step: int, fork: str) -> None:
         """Have the run that this one was forked from name it."""

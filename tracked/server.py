@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import math
 import re
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import mlflow
 import requests
 from mlflow.entities import (
     Dataset,
@@ -42,11 +39,8 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 from mlflow.store.model_registry.abstract_store import AbstractStore as RegistryStore
 from mlflow.store.tracking.abstract_store import AbstractStore
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.utils.logging_utils import suppress_logs_in_thread
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_MODEL_VERSIONS
-from sqlalchemy import bindparam, text
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from tracked.address import database, normalise_uri, redact
 from tracked.artifacts import Artifacts, Direct, Entry, Proxied, beside, inside
@@ -73,10 +67,12 @@ from tracked.transport import (
     too_late,
 )
 
+if TYPE_CHECKING:
+    from tracked.embedded import Database
+
 __all__ = ["Latest", "RunView", "Server", "stored"]
 
 
-_SQLITE = "sqlite:///"
 # Without it MLflow's interface opens an experiment in its view for language model applications.
 _KIND = ExperimentTag("mlflow.experimentKind", "custom_model_development")
 _POINTS_A_REQUEST = 1000
@@ -146,10 +142,14 @@ class Server:
 
     def __init__(self, tracking_uri: str, *, timeout: float = 5.0, create: bool = True) -> None:
         self.uri = normalise_uri(tracking_uri)
-        self._database = database(self.uri)
-        self._create = create
-        self._http = None if self._database else Http(self.uri, timeout)
-        self._opened: AbstractStore | None = OneRequestStore(self._http) if self._http else None
+        path = database(self.uri)
+        self._http = Http(self.uri, timeout) if path is None else None
+        self._requests = OneRequestStore(self._http) if self._http else None
+        self._database: Database | None = None
+        if path is not None:
+            from tracked.embedded import Database  # not above: see there
+
+            self._database = Database(self.uri, path, create=create)
         self._experiments: dict[str, str] = {}
         self._artifact_uris: dict[str, str] = {}
 
@@ -241,7 +241,7 @@ class Server:
         Raises:
             RecordRejected: the filter or the order cannot be parsed.
         """
-        if self._absent():
+        if self._database and self._database.is_absent():
             return []
         names = self._experiment_names(experiment)
         if not names:
@@ -266,7 +266,9 @@ class Server:
 
     def experiments(self) -> list[str]:
         """The names of the experiments that are not deleted."""
-        return [] if self._absent() else sorted(self._experiment_names(None).values())
+        if self._database and self._database.is_absent():
+            return []
+        return sorted(self._experiment_names(None).values())
 
     def find(self, prefix: str) -> list[RunView]:
         """All runs that `prefix` may mean, newest first; the caller says whether one is enough.
@@ -443,16 +445,32 @@ class Server:
         Raises:
             NoSuchRun: the server does not have one of them.
         """
-        if self._http is None:
-            return self._histories_in_database(run_ids, key)
+        if self._database:
+            with self._translated():
+                return self._database.histories(run_ids, key)
+        assert self._http
         found: dict[str, list[tuple[int, int, float]]] = {run_id: [] for run_id in run_ids}
-        if about is None:
-            # A server may have several processes, and while one of them reads, what another sent is parsed here.
-            with ThreadPoolExecutor(_AT_A_TIME) as threads:
-                found |= zip(
-                    run_ids, threads.map(lambda run_id: self._whole(run_id, key), run_ids), strict=True
-                )
+        if about is not None:
+            return found | self._sampled(run_ids, key, min(about, _POINTS_OF_A_CURVE))
+        if not run_ids:
             return found
+        found |= self._whole(run_ids[:1], key)
+        # Runs that are compared resemble each other: of so many, twice as long, an answer holds all points.
+        at_once = _POINTS_IN_BULK // (2 * len(found[run_ids[0]]) + 1)
+        at_once = min(max(at_once, 1), _RUNS_OF_A_KEY)
+        groups = [run_ids[start : start + at_once] for start in range(1, len(run_ids), at_once)]
+        # A server may have several processes, and while one of them reads, what another sent is parsed here.
+        with ThreadPoolExecutor(_AT_A_TIME) as threads:
+            for some in threads.map(partial(self._whole, key=key), groups):
+                found |= some
+        return found
+
+    def _sampled(
+        self, run_ids: Sequence[str], key: str, most: int
+    ) -> dict[str, list[tuple[int, int, float]]]:
+        """At most so many points of each run, evenly spread; all of a run that has fewer."""
+        assert self._http
+        found: dict[str, list[tuple[int, int, float]]] = {run_id: [] for run_id in run_ids}
         # With a range of steps a database finds the points of a run by its index, and without it SQLite reads
         # the key's points in all runs there are. What has steps of more than 32 bits is asked for again.
         for limits in ({"start_step": -(2**31), "end_step": 2**31 - 1}, {}):
@@ -461,7 +479,7 @@ class Server:
                 asked = {
                     "run_ids": missing[start : start + _RUNS_OF_A_KEY],
                     "metric_key": key,
-                    "max_results": min(about, _POINTS_OF_A_CURVE),
+                    "max_results": most,
                     **limits,
                 }
                 address = f"{self._http.host}/api/2.0/mlflow/metrics/get-history-bulk-interval"
@@ -471,41 +489,27 @@ class Server:
                     found[point["run_id"]].append(_point(point))
         return found
 
-    def _histories_in_database(
-        self, run_ids: Sequence[str], key: str
-    ) -> dict[str, list[tuple[int, int, float]]]:
-        """In one statement: for each of MLflow's own, SQLite reads the key's points in all runs there are."""
-        found: dict[str, list[tuple[int, int, float]]] = {run_id: [] for run_id in run_ids}
-        store = self._store
-        assert isinstance(store, SqlAlchemyStore)
-        statement = text(
-            "SELECT run_uuid, step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END FROM metrics "
-            # The plus keeps SQLite from the index that begins with the key.
-            "WHERE run_uuid IN :runs AND +key = :key ORDER BY run_uuid, step, timestamp"
-        ).bindparams(bindparam("runs", expanding=True))
-        with self._translated(), store.engine.connect() as connection:
-            for run_id, step, timestamp, value in connection.execute(
-                statement, {"runs": [*run_ids], "key": key}
-            ):
-                found[run_id].append((step, timestamp, math.nan if value is None else value))
-        return found
-
-    def _whole(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
+    def _whole(self, run_ids: Sequence[str], key: str) -> dict[str, list[tuple[int, int, float]]]:
         """As `history`, by the way of MLflow's interface, which does without protobuf and so takes half the time."""
         assert self._http
-        asked = {"run_id": run_id, "metric_key": key, "max_results": _POINTS_IN_BULK}
+        asked = {"run_id": run_ids, "metric_key": key, "max_results": _POINTS_IN_BULK}
         address = f"{self._http.host}/ajax-api/2.0/mlflow/metrics/get-history-bulk"
         with self._translated():
             answer = self._http.json("GET", address, params=asked, read=_LONG_READ_SECONDS)
-        points = [_point(point) for point in answer.get("metrics", [])]
-        if len(points) >= _POINTS_IN_BULK:
-            return self.history(run_id, key)
-        return sorted(points, key=lambda point: point[:2])
+        found: dict[str, list[tuple[int, int, float]]] = {run_id: [] for run_id in run_ids}
+        points = answer.get("metrics", [])
+        if len(points) >= _POINTS_IN_BULK:  # there may be more
+            return {run_id: self.history(run_id, key) for run_id in run_ids}
+        for point in points:
+            found[point["run_id"]].append(_point(point))
+        return {run_id: sorted(points, key=lambda point: point[:2]) for run_id, points in found.items()}
 
     def points_at(self, run: RunView, step: int) -> list[Point]:
         """What the run has logged at `step`, of every key that `run` shows."""
-        if self._http is None:
-            return self._points_in_database(run.run_id, step)
+        if self._database:
+            with self._translated():
+                return self._database.points_at(run.run_id, step)
+        assert self._http
         points = []
         for key in run.latest:
             asked = {"run_ids": run.run_id, "metric_key": key, "start_step": step, "end_step": step}
@@ -514,19 +518,6 @@ class Server:
                 answer = self._http.json("GET", address, params=asked, read=_LONG_READ_SECONDS)
             points += [(key, *_point(point)) for point in answer.get("metrics", [])]
         return points
-
-    def _points_in_database(self, run_id: str, step: int) -> list[Point]:
-        store = self._store
-        assert isinstance(store, SqlAlchemyStore)
-        statement = text(
-            "SELECT key, step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END FROM metrics "
-            "WHERE run_uuid = :run AND step = :step ORDER BY key"
-        )
-        with self._translated(), store.engine.connect() as connection:
-            return [
-                (key, at, timestamp, math.nan if value is None else value)
-                for key, at, timestamp, value in connection.execute(statement, {"run": run_id, "step": step})
-            ]
 
     # Files
 
@@ -723,37 +714,25 @@ class Server:
 
     def close(self) -> None:
         """Close idle connections to an SQLite file. The object can be used again."""
-        if isinstance(self._opened, SqlAlchemyStore):
-            self._opened.engine.dispose()
+        if self._database:
+            self._database.close()
 
     @property
     def place(self) -> str:
         return redact(self.uri)
 
-    def _absent(self) -> bool:
-        """Whether this is a reader of a database that nobody has made yet."""
-        path = self._database
-        return not self._create and path is not None and not (path.is_file() and path.stat().st_size)
-
     @property
     def _store(self) -> AbstractStore:
-        if self._opened is None:
-            assert self._database
-            if self._absent():
-                raise NoSuchRun(
-                    f"there is no database {self._database}", expected="a database with runs in it"
-                )
-            self._opened = open_database(self.uri, self._database)
-        return self._opened
+        if self._database:
+            return self._database.store
+        assert self._requests
+        return self._requests
 
     def _registry(self) -> RegistryStore:
-        if self._http:
-            return OneRequestRegistry(self._http)
-        from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
-
-        # Where the database makes a version it asks MLflow for the model, at the address of the whole process.
-        mlflow.set_tracking_uri(self.uri)
-        return SqlAlchemyStore(self.uri)
+        if self._database:
+            return self._database.registry()
+        assert self._http
+        return OneRequestRegistry(self._http)
 
     def _experiment_id(self, name: str) -> str:
         if name not in self._experiments:
@@ -885,20 +864,13 @@ class Server:
 
         Theirs are left out of the traceback, where they would say it again at ten times the length.
         """
-        with suppress_logs_in_thread():
+        with suppress_logs_in_thread(), self._database.translated() if self._database else nullcontext():
             try:
                 yield
             except MlflowException as error:
                 raise self._ours(error) from None
             except requests.RequestException as error:
                 raise no_answer(self.place, brief(error)) from None
-            except OperationalError as error:
-                raise no_answer(self.place, str(error.orig)) from None
-            except SQLAlchemyError as error:
-                raise ServerRefused(
-                    f"{self.place} cannot be used: {first_words(str(error))}",
-                    expected="a database made by MLflow",
-                ) from None
 
     def _ours(self, error: MlflowException) -> ServerError:
         said = first_words(error.message)
@@ -966,44 +938,3 @@ def quoted(text: str) -> str | None:
     if "'" not in text:
         return f"'{text}'"
     return f'"{text}"' if '"' not in text else None
-
-
-# SQLite
-
-# POSIX locks belong to a process: two of its threads would both get one.
-_opening = threading.Lock()
-
-
-def open_database(uri: str, path: Path) -> SqlAlchemyStore:
-    """MLflow's store on a file, made if need be: by one process, for two at once would crash each other."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _opening, _locked(path.with_name(f"{path.name}.lock")):
-            artifacts = str(path.parent / "artifacts")
-            if not path.exists():
-                _make_database(path, artifacts)
-            return SqlAlchemyStore(uri, artifacts)
-    except OSError as error:
-        raise ServerRefused(
-            f"{path} cannot be opened: {error.strerror}", expected="a folder that can be written"
-        ) from error
-
-
-def _make_database(path: Path, artifacts: str) -> None:
-    """A database with all its tables, under its name only once it is whole: MLflow cannot mend half of one."""
-    newborn = path.with_name(f".{path.name}.new")
-    newborn.unlink(missing_ok=True)
-    SqlAlchemyStore(f"{_SQLITE}{newborn}", artifacts).engine.dispose()
-    newborn.replace(path)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        lock = path.open("a")
-    except PermissionError:
-        yield  # a reader in a folder that is not its own
-        return
-    with lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
-        yield

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mlflow.entities import (
     LifecycleStage,
@@ -38,7 +38,6 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.protos.service_pb2 import UpdateRun
 from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 from mlflow.store.model_registry.rest_store import RestStore as RegistryRestStore
-from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistrySqlAlchemyStore
 from mlflow.store.tracking.abstract_store import AbstractStore
 from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracking import get_tracking_uri
@@ -63,7 +62,9 @@ from tracked.errors import NotDelivered
 from tracked.names import ATTEMPT, CALL, DIVERGED_AT, OVERRIDE, is_system
 from tracked.place import Place
 from tracked.resumption import Edge, Resumption, points_again, resumed_run_id
-from tracked.server import open_database
+
+if TYPE_CHECKING:
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryDatabase
 
 log = logging.getLogger("tracked")
 
@@ -113,17 +114,23 @@ def tracking_store(store_uri: str) -> TrackingStore:
     if path is None:
         inner = _OnceStore(place.tracking_uri)
     else:
+        from tracked.embedded import open_database  # not above: see there
+
         inner = open_database(place.tracking_uri, path)
     return TrackingStore(inner, calls.to(place))
 
 
-def registry_store(store_uri: str) -> RegistryRestStore | RegistrySqlAlchemyStore:
+def registry_store(store_uri: str) -> RegistryRestStore | RegistryDatabase:
     """MLflow's own store of registered models behind such a URI."""
     uri = normalise_uri(store_uri)
     if (path := database(uri)) is None:
         return RegistryRestStore(partial(get_default_host_creds, uri))
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+
+    from tracked.embedded import open_database
+
     open_database(uri, path).engine.dispose()  # made here if need be, by one process at a time
-    return RegistrySqlAlchemyStore(uri)
+    return SqlAlchemyStore(uri)
 
 
 def artifact_repository(
