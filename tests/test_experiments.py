@@ -85,7 +85,8 @@ def test_mnist_without_its_files_says_how_to_get_them(nursery: Nursery, place: W
 
 
 def test_digits_learn_and_resume_exactly(nursery: Nursery, place: Workplace) -> None:
-    line = ("train", "experiments/digits.py", "lr=0.01", "--json", "--epochs")
+    # Of one name, as the pictures show it.
+    line = ("train", "experiments/digits.py", "lr=0.01", "--run-name", "digits", "--json", "--epochs")
     whole = nursery.run(place, *line, "3").json
     reference = curves(place.tracking_uri, whole["run_id"]), state(place.tracking_uri, whole["run_id"])
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -136,6 +137,25 @@ def test_what_starts_often_imports_nothing_heavy(statement: str, allowed: tuple[
     )
 
     assert done.stdout.splitlines()[-1] == ""
+
+
+def test_who_has_a_servers_address_imports_nothing_for_a_database(tmp_path: Path) -> None:
+    script = (
+        "import sys; from tracked.server import Server; from tracked.store import tracking_store\n"
+        "Server('http://127.0.0.1:9'); tracking_store('tracked+http://127.0.0.1:9')\n"
+        "print(sorted({'mlflow', 'sqlalchemy', 'alembic'} & set(sys.modules)))"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TRACKED_SPOOL": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout.splitlines()[-1] == "['mlflow']"
 
 
 def test_a_sender_that_is_not_needed_leaves_before_it_imports_mlflow(workplace: Workplace) -> None:

@@ -9,7 +9,6 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,10 @@ def recorded(client: MlflowClient, run_id: str, folder: Path) -> dict[str, Any]:
             for key in run.data.metrics
             if not key.startswith("system/")
         },
+        "inputs": sorted(
+            (each.dataset.name, each.dataset.digest, each.dataset.schema, [tag.value for tag in each.tags])
+            for each in (run.inputs.dataset_inputs if run.inputs else ())
+        ),
         "monitored": {key for key in run.data.metrics if key.startswith("system/")},
         "artifacts": files(client, run.info.artifact_uri, folder / run_id)
         if client.list_artifacts(run_id)
@@ -106,6 +109,11 @@ def test_the_example_leaves_the_same_runs(remote_workplace: Workplace) -> None:
             del each["monitored"]
     assert journaled == direct
     # The comparison is of something.
+    assert {f"mlflow.tracked.{name}" for name in ("host", "command", "torch", "attempt")} <= set(
+        direct["tags"]
+    )
+    assert direct["tags"]["mlflow.source.git.commit"]
+    assert direct["children"][2]["inputs"]
     assert [child["name"] for child in direct["children"]] == ["lr=0.003", "lr=0.01", "baseline"]
     assert len(direct["children"][0]["metrics"]["train/loss"]) == 69
     assert direct["children"][2]["params"]["max_iter"] == "200"
@@ -155,7 +163,6 @@ LIGHTNING = """
 """  # fmt: skip
 
 
-@pytest.mark.skipif(find_spec("lightning") is None, reason="pip install lightning")
 def test_lightnings_own_logger_leaves_the_same_run(remote_workplace: Workplace) -> None:
     direct, journaled = both_ways(remote_workplace, "-c", textwrap.dedent(LIGHTNING))
 
@@ -189,7 +196,6 @@ HUGGING_FACE = """
 """  # fmt: skip
 
 
-@pytest.mark.skipif(find_spec("transformers") is None, reason="pip install transformers")
 def test_the_hugging_face_trainers_own_callback_leaves_the_same_run(remote_workplace: Workplace) -> None:
     direct, journaled = both_ways(remote_workplace, "-c", textwrap.dedent(HUGGING_FACE))
 

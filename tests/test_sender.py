@@ -751,26 +751,27 @@ def test_a_sender_leaves_when_it_is_idle_and_when_its_spool_is_deleted(
     wait_until(lambda: not Path(f"/proc/{pid}").exists() or is_zombie(pid), "the sender's end", 10)
 
 
-def test_a_deleted_run_keeps_no_sender_and_drives_none_from_the_backlog_of_another(
+def test_deleted_runs_do_not_keep_a_sender_and_it_first_delivers_what_the_others_have(
     post: Post, front: FakeFront, server_uri: str
 ) -> None:
-    lost, late = post.writing(), post.writing()
+    late, *lost = post.writing(), post.writing(), post.writing()
     with post:
-        for writing in (lost, late):
+        for writing in (late, *lost):
             writing.points("loss", 0, 10)
-        wait_until(lambda: all("run_id" in each.folder.about for each in (lost, late)), "both runs")
-    MlflowClient(server_uri).delete_run(lost.folder.about["run_id"])
-    for writing in (lost, late):
+        wait_until(lambda: all("run_id" in each.folder.about for each in (late, *lost)), "the runs")
+    for writing in lost:
+        MlflowClient(server_uri).delete_run(writing.folder.about["run_id"])
+    for writing in (late, *lost):
         writing.points("loss", 10, 20)
         writing.end()
     front.answer("log-batch", Answer(503), times=5)
     with post:
         assert post.sender is not None
-        wait_until(lambda: lost.folder.about.get("deleted"), "word of the deleted run")
+        wait_until(lambda: all(each.folder.about.get("deleted") for each in lost), "word of the deleted runs")
         late.delivered()
         wait_until(post.sender._leaving.is_set, "the sender's leave")
     assert curves(server_uri, late.folder.about["run_id"]) == {"loss": points(20)}
-    assert lost.journal.folder.exists()
+    assert all(each.journal.folder.exists() for each in lost), "a run can be restored"
 
 
 def is_zombie(pid: int) -> bool:

@@ -24,9 +24,10 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.credentials import get_default_host_creds
 
 from tests.processes import Workplace, wait_until
-from tests.servers import Answer, FakeFront, MlflowServer
+from tests.servers import Answer, FakeFront, MlflowServer, _Rule
 from tracked import calls
 from tracked.errors import TrackedError
+from tracked.logged_run import LoggedRun
 from tracked.store import ReadTimeout, TrackingStore, tracking_store
 
 NOW = 1_700_000_000_000
@@ -543,6 +544,43 @@ def test_an_outage_costs_who_logs_nothing(
 
     assert behind_front.get_run(run_id).info.status == "FINISHED"
     assert history(server_uri, run_id) == [(step, NOW, 1.0) for step in range(1000)]
+
+
+def test_a_second_checkpoint_of_a_step_lies_beside_the_first_until_the_runs_tag_names_it(
+    front: FakeFront, behind_front: TrackingStore, server_uri: str, tmp_path: Path
+) -> None:
+    run_id = new_run(behind_front)
+    run, client, file = LoggedRun(run_id, front.uri), MlflowClient(server_uri), tmp_path / "state.txt"
+
+    def content() -> str | None:
+        found = run.fetch_checkpoint()
+        return found.read_text() if found else None
+
+    def names() -> set[str]:
+        entries = client.list_artifacts(run_id, "checkpoints/step-00000002")
+        return {Path(entry.path).name for entry in entries} - {"manifest.json"}
+
+    file.write_text("first")
+    run.save_checkpoint(file, 2)
+    wait_until(lambda: content() == "first", "the first")
+    [first] = names()
+    front._rules.append(
+        _Rule(
+            lambda request: b"tracked.checkpoint" in request.body,
+            lambda front, handler, _: front._write(handler, Answer(503)),
+            None,
+        )
+    )
+    file.write_text("second")
+    run.save_checkpoint(file, 2)
+    wait_until(lambda: len(names()) == 2, "the second beside it")
+    assert content() == "first"
+
+    front._rules.clear()
+
+    wait_until(lambda: content() == "second", "the second")
+    wait_until(lambda: len(names()) == 1, "the first one's end")
+    assert names() != {first}
 
 
 def test_mlflows_system_metrics_go_on_over_an_outage(

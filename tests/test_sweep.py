@@ -151,6 +151,9 @@ def test_a_sweep_is_a_parent_run_with_a_child_for_each_trial(nursery: Nursery, w
         assert run.info.status == "KILLED"
         assert "epoch 1" in run.data.tags["tracked.stop_reason"]
         assert run.data.metrics["epoch"] == 1
+        shown = {each.path for each in MlflowClient(workplace.tracking_uri).list_artifacts(run.info.run_id)}
+        assert shown.isdisjoint({"plots", "source", "model"})
+        assert not run.outputs or not run.outputs.model_outputs
     trained = sum(int(run.data.metrics["epoch"]) for run in children.values())
     assert parent.data.metrics["epochs/trained"] == trained
     assert parent.data.metrics["epochs/without_pruning"] == 12

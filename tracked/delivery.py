@@ -105,6 +105,7 @@ class Delivery:
         self._sends_again = time.monotonic() + GATHER_SECONDS
         self._model_tries = 0
         self._on_server: set[int] | None = None
+        self._beside: set[str] = set()  # what else lies in the folder of the last checkpoint
         self._points_at_once = POINTS_IN_A_REQUEST
         self._ended = False
         self._sent_points = time.monotonic()
@@ -167,14 +168,17 @@ class Delivery:
         else:
             tried = self.run.about.get("creating", False) or self._start.get("may_exist", False)
             self.tell(creating=True, handle=self.run.handle)
-            view = self._made() or self.server.create_run(
-                experiment=self._start["experiment"],
-                handle=self.run.handle,
-                name=self._start["name"],
-                start_time=self._start["start_time"],
-                tags=self._start["tags"],
-                retry=tried,
-            )
+            if made := self.run.about.get("run_id"):
+                view = self.server.get_run(made)  # deleted or not: none is made in its place
+            else:
+                view = self.server.create_run(
+                    experiment=self._start["experiment"],
+                    handle=self.run.handle,
+                    name=self._start["name"],
+                    start_time=self._start["start_time"],
+                    tags=self._start["tags"],
+                    retry=tried,
+                )
             if origin := self._start.get("forked_from"):
                 self._link(origin["run_id"], origin["step"], view.run_id)
             self._experiment = self._start["experiment"]
@@ -194,13 +198,6 @@ class Delivery:
             trouble="",
         )
         return True
-
-    def _made(self) -> RunView | None:
-        """The run as a sender before this one made it, also if it was deleted since: none is made in its place."""
-        run_id = self.run.about.get("run_id")
-        with contextlib.suppress(NoSuchRun):
-            return self.server.get_run(run_id) if run_id else None
-        return None
 
     def _link(self, origin: str, step: int, fork: str) -> None:
         """Have the run that this one was forked from name it."""
@@ -466,11 +463,12 @@ class Delivery:
                 if local.exists():
                     raise
                 return True  # superseded by a newer one meanwhile
-            found = self.server.sizes(run_id, directory).get(name)
-            if found != body["bytes"]:
+            sizes = self.server.sizes(run_id, directory)
+            if (found := sizes.pop(name, None)) != body["bytes"]:
                 raise ServerUnavailable(
                     f"the server holds {found} of {body['bytes']} bytes of {directory}/{name}"
                 )
+            self._beside = {f"{directory}/{other}" for other in sizes if other != MANIFEST}
             self._uploaded = end
             took = time.monotonic() - began
             self._sends_again = time.monotonic() + min(UPLOAD_REST * took, LONGEST_UPLOAD_REST)

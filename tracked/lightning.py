@@ -78,6 +78,8 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer, step, trainer.current_epoch + 1)
 
     def _save(self, trainer: Trainer, step: int, epoch: int) -> None:
+        if self._saved and self._saved[1] == step:
+            self._saved = None  # as it was before the epoch's end; its file is written over
         self._send()
         path = Path(trainer.strategy.broadcast(str(Path(self._folder.name) / f"{step}.ckpt")))
         trainer.save_checkpoint(path)  # on every rank: it may gather what is spread over them
@@ -113,7 +115,7 @@ class RunCheckpoint(Checkpoint):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)  # a CheckpointIO may write elsewhere
 
     @cached_property
     def _folder(self) -> tempfile.TemporaryDirectory[str]:

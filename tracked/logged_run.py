@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from tracked import calls, spool
 from tracked.archive import digest
-from tracked.errors import CheckpointError
-from tracked.names import HANDLE, MANIFEST, folder_name, step_of
+from tracked.errors import CheckpointError, NoSuchRun
+from tracked.names import FROM_HERE, HANDLE, MANIFEST, folder_name, step_of
 from tracked.place import Place
 from tracked.resumption import pointer_in, resumed_run_id
 from tracked.spool import RunFolder, unusable, write_json
@@ -76,22 +76,26 @@ class LoggedRun:
         journaled = calls.to(self._place)
         folder = journaled.outbox.called(self.run_id)
         folder.make()
-        name = f"{_NAME}.tar" if source.is_dir() else f"{_NAME}{source.suffix}"
         try:
             # Among the checkpoints, so that a sender with nothing else to send leaves the folder where it is.
             with tempfile.TemporaryDirectory(
                 dir=folder.checkpoints, prefix=f"{_SAVING}{os.getpid()}-"
             ) as temp:
-                copy = Path(temp) / folder_name(step) / name
+                copy = Path(temp) / folder_name(step) / _NAME
                 copy.parent.mkdir()
                 _copy(source, copy)
+                sha256 = digest(copy)
                 about = {
                     "step": step,
                     "next_step": step + 1 if next_step is None else next_step,
                     "epoch": epoch,
-                    "sha256": digest(copy),
+                    "sha256": sha256,
                     "bytes": copy.stat().st_size,
                 }
+                # Another one of the same step must not lie in this one's place while the run's tag names this.
+                suffix = ".tar" if source.is_dir() else source.suffix
+                name = f"{_NAME}-{sha256[:8]}{suffix}"
+                copy.rename(copy.with_name(name))
                 write_json(copy.parent / MANIFEST, about)
                 target = folder.checkpoints / copy.parent.name
                 shutil.rmtree(target, ignore_errors=True)
@@ -128,13 +132,17 @@ class LoggedRun:
         from tracked.server import Server
 
         server = Server(self._place.tracking_uri, create=False)
-        view = server.get_run(self.run_id)
-        pointer = pointer_in(view.tags)
+        pointer = pointer_in(server.get_run(self.run_id).tags)
         if pointer is None:
             return None
         folder = Path(tempfile.mkdtemp(prefix="tracked-checkpoint-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        found = server.download(self.run_id, pointer["path"], folder / Path(pointer["path"]).name)
+        try:
+            found = server.download(self.run_id, pointer["path"], folder / Path(pointer["path"]).name)
+        except NoSuchRun:
+            if pointer_in(server.get_run(self.run_id).tags) == pointer:
+                raise
+            return self.fetch_checkpoint()  # a newer one has taken its place meanwhile
         if (sha256 := digest(found)) != pointer["sha256"]:
             raise CheckpointError(
                 f"the checkpoint {pointer['path']} of run {self.run_id} is damaged: its SHA-256 is {sha256[:16]}…",
@@ -171,7 +179,7 @@ def find(place: Place, word: str, say: Callable[[str], None]) -> RunView:
     from tracked.server import Server
 
     server = Server(place.tracking_uri, create=False)
-    view = Asking(say, _PATIENCE)(lambda: find_run(server, word))
+    view = Asking(say, _PATIENCE)(lambda: find_run(server, word, among=FROM_HERE))
     if HANDLE not in view.tags:
         drain(place, [box.called(view.run_id) for box in spool.outboxes(place.spool)], say)
     return view

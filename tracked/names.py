@@ -69,6 +69,9 @@ def step_of(name: str) -> int | None:
 OURS = f"tags.`{HANDLE}` LIKE '%'"
 """MLflow's filter for the runs of this package."""
 
+FROM_HERE = f"tags.`{ATTEMPT}` LIKE '%'"
+"""MLflow's filter for these and those of other code that was run where this package is installed."""
+
 # A param can be written once, so it decides which of several newcomers has the attempt.
 _ATTEMPT_PARAM = "tracked.attempt."
 

@@ -141,9 +141,10 @@ class Sender:
                 if time.monotonic() < due:
                     continue
                 try:
-                    moved = send(delivery) or moved
+                    if send(delivery):
+                        moved = True
+                        self._refused.discard(delivery.folder)
                     waits.pop(delivery.folder, None)
-                    self._refused.discard(delivery.folder)
                 except Exception as error:  # noqa: BLE001 - one journal's trouble, whatever it is, is not the others'
                     if not isinstance(error, TrackedError | OSError):
                         traceback.print_exc()

@@ -147,7 +147,7 @@ class Server:
         self._requests = OneRequestStore(self._http) if self._http else None
         self._database: Database | None = None
         if path is not None:
-            from tracked.embedded import Database  # not above: see there
+            from tracked.embedded import Database  # takes a second to import, for an SQLite file alone
 
             self._database = Database(self.uri, path, create=create)
         self._experiments: dict[str, str] = {}
@@ -442,8 +442,6 @@ class Server:
             about: So many points of each are enough, evenly spread, the first and the last among them. A server
                 then sends at most 2500; an SQLite file is read whole, which is faster. None: every point.
 
-        Raises:
-            NoSuchRun: the server does not have one of them.
         """
         if self._database:
             with self._translated():
@@ -499,7 +497,10 @@ class Server:
         found: dict[str, list[tuple[int, int, float]]] = {run_id: [] for run_id in run_ids}
         points = answer.get("metrics", [])
         if len(points) >= _POINTS_IN_BULK:  # there may be more
-            return {run_id: self.history(run_id, key) for run_id in run_ids}
+            if len(run_ids) == 1:
+                return {run_ids[0]: self.history(run_ids[0], key)}
+            half = len(run_ids) // 2
+            return self._whole(run_ids[:half], key) | self._whole(run_ids[half:], key)
         for point in points:
             found[point["run_id"]].append(_point(point))
         return {run_id: sorted(points, key=lambda point: point[:2]) for run_id, points in found.items()}

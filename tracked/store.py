@@ -114,7 +114,7 @@ def tracking_store(store_uri: str) -> TrackingStore:
     if path is None:
         inner = _OnceStore(place.tracking_uri)
     else:
-        from tracked.embedded import open_database  # not above: see there
+        from tracked.embedded import open_database  # takes a second to import, for an SQLite file alone
 
         inner = open_database(place.tracking_uri, path)
     return TrackingStore(inner, calls.to(place))
@@ -227,6 +227,7 @@ class TrackingStore:
         self._models: set[str] = set()
         self._resumed = resumed_run_id()
         self._resumption: Resumption | None = None
+        self._resuming = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
@@ -337,11 +338,15 @@ class TrackingStore:
         Raises:
             MlflowException: MLflow's own, for a run that does not exist or was deleted.
         """
-        if run_id == self._resumed and self._resumption is None:
-            self._resumption = self._resume(run_id)  # only now: a process that but reads is no attempt
-        if run_id not in self._runs:
+        if run_id == self._resumed:
+            with self._resuming:
+                if self._resumption is None:
+                    self._resumption = self._resume(
+                        run_id
+                    )  # only now: a process that but reads is no attempt
+        while (known := self._runs.get(run_id)) is None:  # another thread may forget it at once
             check_run_is_active(self._learn(self._inner.get_run(run_id)).info)
-        return self._runs[run_id]
+        return known
 
     def _print_address(self, info: RunInfo) -> None:
         """The two lines that MLflow prints at a run's end, for stores of its own alone."""
@@ -365,11 +370,13 @@ class TrackingStore:
     def _stands(self, run_id: str, metric: Metric) -> bool:
         """Whether it is a point of an earlier attempt, which is not written twice."""
         resumption = self._resumption if run_id == self._resumed else None
-        if resumption is None or not resumption.stands(metric.key, metric.step, float(metric.value)):
+        if resumption is None:
             return False
-        if resumption.diverged:
+        told = resumption.diverged
+        stands = resumption.stands(metric.key, metric.step, float(metric.value))
+        if resumption.diverged != told:
             self._calls.add(run_id, ("tags", {DIVERGED_AT: resumption.diverged}))
-        return True
+        return stands
 
     def log_param(self, run_id: str, param: Param) -> None:
         known = self._writable(run_id)
