@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from tests.processes import ROOT, Workplace
 from tracked.errors import CheckpointError
 from tracked.logged_run import LoggedRun
+from tracked.provenance import host_name
 from tracked.resumption import Edge, Resumption, points_again
 
 # Killed when all that was logged is on the server: what the checkpoint does not know would stand there twice.
@@ -225,22 +226,24 @@ BY_HAND = """
 """
 
 
-def test_other_values_are_told_and_not_written_beside_the_first(remote_workplace: Workplace) -> None:
-    workplace = remote_workplace
+def test_other_values_are_told_and_not_written_beside_the_first(workplace: Workplace) -> None:
     (workplace.path / "train.py").write_text(textwrap.dedent(BY_HAND))
     address = {"MLFLOW_TRACKING_URI": f"tracked+{workplace.tracking_uri}"}
-    # One of this package's own, which is not the last one.
-    MlflowClient(workplace.tracking_uri).create_run("0", tags={"mlflow.tracked.handle": uuid.uuid4().hex})
+    # One of this package's own, one that lies below another, and one of another host: none of them is `last`.
+    own, below = {"mlflow.tracked.handle": uuid.uuid4().hex}, {"mlflow.parentRunId": uuid.uuid4().hex}
+    client = MlflowClient(workplace.tracking_uri)
+    client.create_run("0", tags=own)
     killed = workplace.program("train.py", "die", env=address)
     stdout, _ = killed.communicate(timeout=200)
     run_id = stdout.split()[0]
+    client.create_run("0", tags={**below, "mlflow.tracked.host": host_name()})
+    client.create_run("0", tags={"mlflow.tracked.host": "elsewhere"})
 
     resumed = workplace.start("resume", "last", "--", sys.executable, "train.py", "other", env=address)
     _, stderr = resumed.communicate(timeout=200)
 
     assert resumed.returncode == 0, stderr
     assert "loss at step 7 was 0.125 before and is 1.125 now" in stderr
-    client = MlflowClient(workplace.tracking_uri)
     points = [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")]
     assert points == [*((step, 1 / (step + 1)) for step in range(9)), (9, 0.9)]
     # Its steps are epochs, and none of them lies beyond the checkpoint's step.

@@ -774,5 +774,19 @@ def test_deleted_runs_do_not_keep_a_sender_and_it_first_delivers_what_the_others
     assert all(each.journal.folder.exists() for each in lost), "a run can be restored"
 
 
+def test_a_run_that_is_deleted_just_before_its_end_keeps_no_sender(post: Post, server_uri: str) -> None:
+    writing = post.writing()
+    with post:
+        assert post.sender is not None
+        writing.points("loss", 0, 10)
+        run_id = wait_until(lambda: writing.folder.about.get("run_id"), "the run")
+        wait_until(lambda: curves(server_uri, run_id) == {"loss": points(10)}, "its points")
+        MlflowClient(server_uri).delete_run(run_id)
+        writing.journal.close()
+        wait_until(post.sender._leaving.is_set, "the sender's leave")
+    assert writing.folder.about["deleted"]
+    assert "was deleted" in writing.trouble()
+
+
 def is_zombie(pid: int) -> bool:
     return ") Z " in Path(f"/proc/{pid}/stat").read_text()

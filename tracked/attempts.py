@@ -265,14 +265,14 @@ def _state(view: RunView) -> str:
     return "crashed" if state == "running" else state
 
 
-def find_run(server: Server, word: str, *, among: str = OURS) -> RunView:
-    """The run that `word` means: ID, unique prefix, handle, name, or `last`, the newest `among` these.
+def find_run(server: Server, word: str) -> RunView:
+    """The run that `word` means: ID, unique prefix, handle, name, or `last`.
 
     Raises:
         RunNotFound: None, or more than one.
     """
     if word == "last":
-        found = server.search(filter=among, limit=1)
+        found = server.search(filter=OURS, limit=1)
     else:
         found = server.find(word)
     if len(found) == 1:

@@ -60,10 +60,6 @@ class CallDelivery(Delivery):
 
     def _send_checkpoint(self, body: dict[str, Any], end: Place) -> bool:
         done = super()._send_checkpoint(body, end)
-        if done:
-            for path in self._beside:  # another checkpoint of this step, which the run's tag has named up to now
-                self.server.delete(self.run.handle, path)
-            self._beside = set()
         local = self.run.checkpoints / folder_name(body["step"])
         if done and read_json(local / MANIFEST).get("sha256") == body["sha256"]:
             shutil.rmtree(local, ignore_errors=True)  # who wrote it has it, and so has the server

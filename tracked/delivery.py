@@ -105,7 +105,6 @@ class Delivery:
         self._sends_again = time.monotonic() + GATHER_SECONDS
         self._model_tries = 0
         self._on_server: set[int] | None = None
-        self._beside: set[str] = set()  # what else lies in the folder of the last checkpoint
         self._points_at_once = POINTS_IN_A_REQUEST
         self._ended = False
         self._sent_points = time.monotonic()
@@ -463,12 +462,11 @@ class Delivery:
                 if local.exists():
                     raise
                 return True  # superseded by a newer one meanwhile
-            sizes = self.server.sizes(run_id, directory)
-            if (found := sizes.pop(name, None)) != body["bytes"]:
+            found = self.server.sizes(run_id, directory).get(name)
+            if found != body["bytes"]:
                 raise ServerUnavailable(
                     f"the server holds {found} of {body['bytes']} bytes of {directory}/{name}"
                 )
-            self._beside = {f"{directory}/{other}" for other in sizes if other != MANIFEST}
             self._uploaded = end
             took = time.monotonic() - began
             self._sends_again = time.monotonic() + min(UPLOAD_REST * took, LONGEST_UPLOAD_REST)
@@ -518,7 +516,7 @@ class Delivery:
             view = self.server.get_run(view.run_id)  # a person may have written one meanwhile
         self.server.set_tags(view.run_id, {**tags, **description.renewed(view, self._experiment, tags)})
         self.server.set_status(view.run_id, body["status"], body["end_time"])
-        self.tell(ended=self.folder.name, state=body["tags"][STATE])
+        self.tell(ended=self.folder.name, state=body["tags"][STATE], trouble="")
 
     # -- the pictures
 

@@ -78,12 +78,14 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer, step, trainer.current_epoch + 1)
 
     def _save(self, trainer: Trainer, step: int, epoch: int) -> None:
-        if self._saved and self._saved[1] == step:
-            self._saved = None  # as it was before the epoch's end; its file is written over
-        self._send()
-        path = Path(trainer.strategy.broadcast(str(Path(self._folder.name) / f"{step}.ckpt")))
+        earlier = self._saved if self._saved and self._saved[1] == step else None
+        if earlier is None:
+            self._send()
+        path = Path(trainer.strategy.broadcast(str(Path(self._folder.name) / f"{step}-{epoch}.ckpt")))
         trainer.save_checkpoint(path)  # on every rank: it may gather what is spread over them
         if trainer.is_global_zero:
+            if earlier is not None:
+                _remove(earlier[0])  # as it was before the epoch's end
             # What it logs first where it goes on; `global_step` counts the steps of each optimizer.
             next_step = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
             self._saved = (path, step, next_step, epoch)
@@ -112,11 +114,15 @@ class RunCheckpoint(Checkpoint):
             self._run.save_checkpoint(path, step, next_step=next_step, epoch=epoch, keep_last=self._keep_last)
         except TrackedError as error:  # a full disk does not end a training
             log.warning("%s", error)
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)  # a CheckpointIO may write elsewhere
+        _remove(path)
 
     @cached_property
     def _folder(self) -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory(prefix="tracked-lightning-")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)  # a CheckpointIO may write elsewhere

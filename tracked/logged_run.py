@@ -19,18 +19,20 @@ from typing import TYPE_CHECKING
 
 from tracked import calls, spool
 from tracked.archive import digest
-from tracked.errors import CheckpointError, NoSuchRun
-from tracked.names import FROM_HERE, HANDLE, MANIFEST, folder_name, step_of
+from tracked.errors import CheckpointError, NoSuchRun, ServerUnavailable
+from tracked.names import HANDLE, HOST, MANIFEST, OURS, PARENT, folder_name, step_of
 from tracked.place import Place
+from tracked.provenance import host_name
 from tracked.resumption import pointer_in, resumed_run_id
 from tracked.spool import RunFolder, unusable, write_json
 
 if TYPE_CHECKING:
-    from tracked.server import RunView
+    from tracked.server import RunView, Server
 
 _NAME = "checkpoint"
 _SAVING = ".saving-"
 _PATIENCE = 60.0  # seconds for an answer
+_LOOKED_THROUGH = 200
 
 
 class LoggedRun:
@@ -139,7 +141,7 @@ class LoggedRun:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         try:
             found = server.download(self.run_id, pointer["path"], folder / Path(pointer["path"]).name)
-        except NoSuchRun:
+        except (CheckpointError, NoSuchRun, ServerUnavailable):
             if pointer_in(server.get_run(self.run_id).tags) == pointer:
                 raise
             return self.fetch_checkpoint()  # a newer one has taken its place meanwhile
@@ -170,6 +172,9 @@ def fetch_checkpoint(run_id: str | None = None, tracking_uri: str | None = None)
 def find(place: Place, word: str, say: Callable[[str], None]) -> RunView:
     """The run that is to be gone on with, once all that this machine still held of it has been delivered.
 
+    `last` is the newest of this package's own and of those that other code has made on this host: elsewhere one
+    may be alive, and nobody could tell. It is none that lies below another.
+
     Raises:
         RunNotFound: There is no such run, or several.
         RunTaken: A process on this machine logs to it.
@@ -179,10 +184,18 @@ def find(place: Place, word: str, say: Callable[[str], None]) -> RunView:
     from tracked.server import Server
 
     server = Server(place.tracking_uri, create=False)
-    view = Asking(say, _PATIENCE)(lambda: find_run(server, word, among=FROM_HERE))
+    view = Asking(say, _PATIENCE)(lambda: _newest(server) if word == "last" else find_run(server, word))
     if HANDLE not in view.tags:
         drain(place, [box.called(view.run_id) for box in spool.outboxes(place.spool)], say)
     return view
+
+
+def _newest(server: Server) -> RunView:
+    from tracked.attempts import find_run
+
+    of_others = server.search(filter=f"tags.`{HOST}` = '{host_name()}'", limit=_LOOKED_THROUGH)
+    found = [view for view in of_others if PARENT not in view.tags] + server.search(filter=OURS, limit=1)
+    return max(found, key=lambda view: view.start_time) if found else find_run(server, "last")
 
 
 def left_behind(folder: RunFolder) -> list[Path]:

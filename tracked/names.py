@@ -29,6 +29,7 @@ TRIALS = "tracked.trials"
 # Tags that MLflow's interface hides.
 HANDLE = "mlflow.tracked.handle"
 ATTEMPT = "mlflow.tracked.attempt"
+HOST = "mlflow.tracked.host"
 HEARTBEAT = "mlflow.tracked.heartbeat"
 HOLDER = "mlflow.tracked.holder"
 EXPERIMENT_FILE = "mlflow.tracked.experiment_file"
@@ -68,9 +69,6 @@ def step_of(name: str) -> int | None:
 
 OURS = f"tags.`{HANDLE}` LIKE '%'"
 """MLflow's filter for the runs of this package."""
-
-FROM_HERE = f"tags.`{ATTEMPT}` LIKE '%'"
-"""MLflow's filter for these and those of other code that was run where this package is installed."""
 
 # A param can be written once, so it decides which of several newcomers has the attempt.
 _ATTEMPT_PARAM = "tracked.attempt."

@@ -23,11 +23,13 @@ from tracked import children
 from tracked.address import redact
 from tracked.call_delivery import CallDelivery
 from tracked.delivery import REQUEST_SECONDS, Delivery
-from tracked.errors import RunDeleted, ServerRefused, TrackedError
+from tracked.errors import NoSuchRun, RunDeleted, ServerRefused, TrackedError
 from tracked.spool import Lock, Outbox, is_held
 
 if TYPE_CHECKING:
     from tracked.server import Server
+
+Waits = dict[Path, tuple[float, float]]  # by journal: until when, and for how many seconds
 
 POLL_SECONDS = 0.05
 LONGEST_BACK_OFF = 5.0
@@ -79,7 +81,8 @@ class Sender:
         self.deliveries: dict[Path, Delivery] = {}
         self._lock = threading.Lock()
         self._leaving = threading.Event()
-        self._refused: set[Path] = set()
+        self._refused: set[Path] = set()  # runs: of their journals, one may wait for another
+        self._closing: Waits = {}
 
     def serve(self) -> None:
         """Run the four threads until the outbox has been empty for a while."""
@@ -125,34 +128,36 @@ class Sender:
 
     def _close_done(self) -> None:
         for delivery in self._current():
-            # The lanes meet the same trouble, tell of it and wait.
-            with contextlib.suppress(Exception):
-                if delivery.close_if_done():
-                    with self._lock:
-                        del self.deliveries[delivery.folder]
+            if self._try(methodcaller("close_if_done"), delivery, self._closing):
+                with self._lock:
+                    del self.deliveries[delivery.folder]
 
     def _work(self, send: Callable[[Delivery], bool]) -> None:
-        """Serve all journals fairly, one request each in turn; one in trouble waits without the others."""
-        waits: dict[Path, tuple[float, float]] = {}
+        """Serve all journals fairly, one request each in turn."""
+        waits: Waits = {}
         while not self._leaving.is_set():
-            moved = False
-            for delivery in self._current():
-                due, back_off = waits.get(delivery.folder, (0.0, 0.0))
-                if time.monotonic() < due:
-                    continue
-                try:
-                    if send(delivery):
-                        moved = True
-                        self._refused.discard(delivery.folder)
-                    waits.pop(delivery.folder, None)
-                except Exception as error:  # noqa: BLE001 - one journal's trouble, whatever it is, is not the others'
-                    if not isinstance(error, TrackedError | OSError):
-                        traceback.print_exc()
-                    back_off = min(max(back_off * 2, 0.2), LONGEST_BACK_OFF)
-                    waits[delivery.folder] = (time.monotonic() + back_off, back_off)
-                    self._take_note(delivery, error)
-            if not moved:
+            moved = [self._try(send, delivery, waits) for delivery in self._current()]
+            if not any(moved):
                 self._leaving.wait(POLL_SECONDS)
+
+    def _try(self, send: Callable[[Delivery], bool], delivery: Delivery, waits: Waits) -> bool:
+        """Whether it moved anything; what is in trouble waits, for longer each time, without the others."""
+        due, back_off = waits.get(delivery.folder, (0.0, 0.0))
+        if time.monotonic() < due:
+            return False
+        try:
+            moved = send(delivery)
+        except Exception as error:  # noqa: BLE001 - one journal's trouble, whatever it is, is not the others'
+            if not isinstance(error, TrackedError | OSError):
+                traceback.print_exc()
+            back_off = min(max(back_off * 2, 0.2), LONGEST_BACK_OFF)
+            waits[delivery.folder] = (time.monotonic() + back_off, back_off)
+            self._take_note(delivery, error)
+            return False
+        waits.pop(delivery.folder, None)
+        if moved:
+            self._refused.discard(delivery.run.path)
+        return moved
 
     def _send_picture(self, delivery: Delivery) -> bool:
         """Draw what waits there, at a pace that leaves the processors to the trainings, however many there are."""
@@ -167,11 +172,11 @@ class Sender:
         text = error.found if isinstance(error, TrackedError) else str(error)
         with contextlib.suppress(OSError):  # a disk that is full, or a folder that is gone
             delivery.tell(trouble=redact(text)[:300], deleted=isinstance(error, RunDeleted))
-        if not isinstance(error, ServerRefused):
+        if not isinstance(error, ServerRefused | NoSuchRun):
             return
-        self._refused.add(delivery.folder)
+        self._refused.add(delivery.run.path)
         current = self._current()
-        if self._refused.issuperset(each.folder for each in current) and not any(
+        if self._refused.issuperset(each.run.path for each in current) and not any(
             each.reader.is_written() for each in current
         ):
             # The credentials came with the environment: the next `sync` or `resume` may bring better ones.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -227,6 +228,11 @@ class TrackingStore:
         self._models: set[str] = set()
         self._resumed = resumed_run_id()
         self._resumption: Resumption | None = None
+        self._begin_anew()
+        os.register_at_fork(after_in_child=self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """A lock that another thread of this process's parent held would stay held for ever."""
         self._resuming = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
@@ -341,11 +347,12 @@ class TrackingStore:
         if run_id == self._resumed:
             with self._resuming:
                 if self._resumption is None:
-                    self._resumption = self._resume(
-                        run_id
-                    )  # only now: a process that but reads is no attempt
-        while (known := self._runs.get(run_id)) is None:  # another thread may forget it at once
-            check_run_is_active(self._learn(self._inner.get_run(run_id)).info)
+                    # Only now: a process that but reads is no attempt.
+                    self._resumption = self._resume(run_id)
+        if (known := self._runs.get(run_id)) is None:
+            run = self._learn(self._inner.get_run(run_id))
+            check_run_is_active(run.info)
+            known = self._runs.setdefault(run_id, _Known(run.info, dict(run.data.params)))
         return known
 
     def _print_address(self, info: RunInfo) -> None:

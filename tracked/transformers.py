@@ -59,7 +59,6 @@ class RunCheckpoint(TrainerCallback):
             epoch = int(state.epoch or 0)
             try:
                 self._run.save_checkpoint(folder, state.global_step, epoch=epoch, keep_last=self._keep_last)
-            except (
-                TrackedError
-            ) as error:  # neither a full disk nor a search that saves elsewhere ends a training
+            except TrackedError as error:
+                # Neither a full disk nor a search that saves elsewhere ends a training.
                 log.warning("%s", error)
