@@ -33,7 +33,7 @@ lint: $(STAMP) ## ruff and mypy alone
 chaos: $(STAMP) ## kills processes at random instants, for minutes
 	$(BIN)/python -m pytest -m chaos --timeout 1800
 
-bench: $(STAMP) ## measures what tracking costs a training, for a quarter of an hour
+bench: $(STAMP) ## measures what tracking costs a training, for a quarter of an hour, or more if others use the machine
 	$(BIN)/python -m benchmarks
 
 clean: ## removes what was installed, built and cached; never your runs
