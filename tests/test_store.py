@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from http.server import BaseHTTPRequestHandler
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess, SpawnProcess
 from pathlib import Path
@@ -24,7 +25,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.credentials import get_default_host_creds
 
 from tests.processes import Workplace, wait_until
-from tests.servers import Answer, FakeFront, MlflowServer, _Rule
+from tests.servers import Answer, FakeFront, MlflowServer, Request, _Rule
 from tracked import calls
 from tracked.errors import TrackedError
 from tracked.logged_run import LoggedRun
@@ -580,6 +581,39 @@ def test_a_second_checkpoint_of_a_step_lies_beside_the_first_which_counts_until_
 
     wait_until(lambda: content() == "second", "the second")
     assert first in names()
+
+
+def test_a_checkpoint_that_a_newer_one_replaces_while_it_is_fetched_is_the_newer_one(
+    front: FakeFront, behind_front: TrackingStore, server_uri: str, tmp_path: Path
+) -> None:
+    run_id = new_run(behind_front)
+    run, client, file = LoggedRun(run_id, front.uri), MlflowClient(server_uri), tmp_path / "state.txt"
+
+    def save(step: int) -> None:
+        file.write_text(f"after {step}")
+        run.save_checkpoint(file, step)
+        name = f"checkpoints/step-{step:08}"
+        wait_until(
+            lambda: (
+                f'"step": {step}' in client.get_run(run_id).data.tags.get("tracked.checkpoint", "")
+                and [each.path for each in client.list_artifacts(run_id, "checkpoints")] == [name]
+            ),
+            "the checkpoint, alone",
+        )
+
+    def replace(front: FakeFront, handler: BaseHTTPRequestHandler, request: Request) -> None:
+        save(2)
+        front._write(handler, front._forward(request))
+
+    save(1)
+    looks = _Rule(lambda request: request.method == "GET" and "step-00000001" in request.path, replace, 1)
+    front._rules.append(looks)
+
+    found = run.fetch_checkpoint()
+
+    assert looks.left == 0
+    assert found is not None
+    assert found.read_text() == "after 2"
 
 
 def test_mlflows_system_metrics_go_on_over_an_outage(
