@@ -191,6 +191,7 @@ def test_without_a_database_list_says_how_to_make_a_run_and_makes_nothing(workpl
     result = workplace.tracked("list")
 
     assert "no runs yet: python -m tracked.run train" in result.stdout
+    assert "python -m tracked.run list --all" in result.stdout
     assert list(workplace.path.iterdir()) == []
 
 
@@ -332,6 +333,29 @@ def test_list_takes_a_filter_and_sorts_by_a_metrics_last_value(workplace: Workpl
     assert inspection.table(found, "val/loss").splitlines()[0].split() == [
         *("run", "state", "experiment", "name", "step", "val/loss", "age")
     ]
+
+
+def test_list_of_all_has_the_runs_of_other_code_with_what_waits_of_them_in_the_spool(
+    workplace: Workplace,
+) -> None:
+    place, theirs = place_of(workplace), run_of_another_tool(workplace, {"f1": 0.5})
+    own = {each.run_id for each in inspection.listing(place, None, 9, silent)}
+    folder = place.outbox().called(theirs)
+    folder.make()
+    journal = Journal(folder.path / "calls-00000001-1")
+    journal.append("tags", {"note": "waits"})
+    journal.close()
+
+    def listed(**which: Any) -> dict[str, tuple[str, int]]:
+        found = inspection.listing(place, None, 9, silent, everyones=True, **which)
+        return {each.run_id: (each.state, each.undelivered) for each in found}
+
+    assert {*listed()} == {theirs, *own}
+    assert listed(state="running") == listed(only="metrics.f1 > 0") == {theirs: ("running", 1)}
+    assert next(iter(listed(sort_by="f1"))) == theirs
+    assert inspection.look(place, theirs, silent).summary.undelivered == 1
+    for options, shown in (((), own), (("--all",), {theirs, *own})):
+        assert {each["run_id"] for each in workplace.tracked("list", *options, "--json").json} == shown
 
 
 def test_the_filter_that_a_refused_one_is_told_to_try_works_as_it_is_typed(workplace: Workplace) -> None:

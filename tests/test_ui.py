@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from tests.nursery import Nursery
-from tests.processes import ROOT, Workplace
+from tests.processes import ROOT, Workplace, wait_until
 from tests.proofs import assert_whole, local_handle, runs
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def assert_compared(page: Page, name: str, values: list[str]) -> None:
 
 def assert_picture(page: Page, name: str) -> None:
     """An artifact is shown, and the browser can read it to its end."""
-    # While the page loads it an image changes its source, which ends a decoding that has begun.
+    # While the page loads it an image changes its source, which ends a decoding that has begun: it is asked again,
+    # and here, because the browser's own waiting takes a promise of nothing for an answer.
     script = """
         name => {
             const image = document.querySelector(`img[alt="${name}"]`);
@@ -167,7 +168,8 @@ def assert_picture(page: Page, name: str) -> None:
             return image && image.decode().then(size, () => null);
         }
     """
-    assert min(page.wait_for_function(script, arg=name).json_value()) > 400  # pixels
+    size = wait_until(lambda: page.evaluate(script, name), f"a picture {name}")
+    assert min(size) > 400  # pixels
 
 
 def test_the_charts_of_an_experiment_draw_every_point_of_its_runs(stage: Stage, page: Page) -> None:

@@ -694,6 +694,7 @@ def _ask(
 )
 @click.option("--sort-by", metavar="METRIC", help="By this metric's last value, the smallest first.")
 @click.option("--descending", is_flag=True, help="With --sort-by: the largest first.")
+@click.option("--all", "everyones", is_flag=True, help="Also the runs that other MLflow code has made.")
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
@@ -721,6 +722,8 @@ def list_(tracking_uri: str | None, spool_dir: str | None, *, as_json: bool, **w
         click.echo("no such runs: python -m tracked.run list")
     else:
         click.echo("no runs yet: python -m tracked.run train EXPERIMENT.py")
+    if not shown and not as_json and not which["everyones"]:
+        click.echo("with those of other MLflow code: python -m tracked.run list --all")
     if len(found) > limit:
         _note(f"there are more than these {limit}: --limit {2 * limit}")
 

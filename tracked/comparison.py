@@ -21,6 +21,7 @@ from tracked.inspection import (
     check_experiment,
     find,
     folders,
+    kept_of,
     monitored_by,
     own_best,
     some,
@@ -247,7 +248,7 @@ def compare(
         step, value = best.get(view.run_id) or (None, None)
         last = view.latest.get(metric) if metric else None
         summary = replace(
-            summary_of(view, local.get(view.tags.get(HANDLE, ""), []), value),
+            summary_of(view, kept_of(place, view, local), value),
             experiment=experiments.get(view.experiment_id) or view.experiment_name or "",
             monitor=metric,
             last=last.value if last else None,

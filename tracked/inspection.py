@@ -7,7 +7,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -168,6 +168,14 @@ def folders(place: Place) -> dict[str, list[RunFolder]]:
     return found
 
 
+def kept_of(place: Place, view: RunView, local: Mapping[str, list[RunFolder]]) -> list[RunFolder]:
+    """What this machine keeps of a run, given all `folders`: what other code has logged lies under the run's ID."""
+    if HANDLE in view.tags:
+        return local.get(view.tags[HANDLE], [])
+    boxes = [box for box in spool.outboxes(place.spool) if box.tracking_uri == redact(place.tracking_uri)]
+    return [box.called(view.run_id) for box in boxes]
+
+
 def _as_view(run: RunFolder) -> RunView:
     """The run as its journal and checkpoints show it, for when the server cannot."""
     from tracked.server import Latest, RunView
@@ -317,6 +325,7 @@ def listing(
     only: str = "",
     sort_by: str | None = None,
     descending: bool = False,
+    everyones: bool = False,
 ) -> list[Summary]:
     """The runs of this package, newest first.
 
@@ -329,6 +338,7 @@ def listing(
         only: A filter in MLflow's search syntax. What the server has not seen cannot pass it.
         sort_by: A metric; the runs come by its last value, those last that have none or NaN.
         descending: With `sort_by`: the largest first.
+        everyones: Also the runs that other code has made.
 
     Raises:
         UsageError: MLflow refuses the filter, the state is none, or there is no such experiment, or no run
@@ -351,6 +361,7 @@ def listing(
         )
     if sort_by is not None:
         validate_key(sort_by)
+    conditions = [*([] if everyones else [OURS]), *([only] if only.strip() else [])]
     order = f"metrics.`{sort_by}` {'DESC' if descending else 'ASC'}" if sort_by else ""
     local = folders(place)
     server = Server(place.tracking_uri, create=False)
@@ -359,13 +370,13 @@ def listing(
     try:
         views = server.search(
             experiment=experiment,
-            filter=f"{OURS} AND {only}" if only.strip() else OURS,
+            filter=" AND ".join(conditions),
             limit=limit if state is None else sys.maxsize,  # the server does not know the true state
             **asked,
         )
         if experiment is not None and not views:
             known_experiments = server.experiments()
-        known = {view.tags[HANDLE] for view in views}
+        known = {view.tags.get(HANDLE) for view in views}
         unseen = [
             handle for handle in local if handle not in known and not _run_id(local[handle])
         ]  # one that has an ID and is not in the answer is older, or deleted
@@ -393,9 +404,7 @@ def listing(
         )
     if state is not None:
         views = [
-            view
-            for view in views
-            if true_state(view, local.get(view.tags[HANDLE], [])).partition(" ")[0] == state
+            view for view in views if true_state(view, kept_of(place, view, local)).partition(" ")[0] == state
         ]
     if sort_by is None:
         views.sort(key=lambda view: -view.start_time)
@@ -403,7 +412,7 @@ def listing(
         views.sort(key=lambda view: _place_of(view.latest.get(sort_by), descending=descending))
     views = views[:limit]
     best = _best(server, [view for view in views if view.status], exactly=False)
-    return [summary_of(view, local.get(view.tags[HANDLE], []), best.get(view.run_id)) for view in views]
+    return [summary_of(view, kept_of(place, view, local), best.get(view.run_id)) for view in views]
 
 
 def _place_of(latest: Latest | None, *, descending: bool) -> tuple[bool, float]:
@@ -671,7 +680,7 @@ def find(server: Server, place: Place, word: str, say: Say) -> tuple[RunView, li
         )
     if trouble is not None:
         say(f"{trouble.found}; this is what the spool of this machine knows")
-    return views[0], local.get(views[0].tags.get(HANDLE, ""), [])
+    return views[0], kept_of(place, views[0], local)
 
 
 def refuse_foreign(view: RunView) -> None:
