@@ -24,6 +24,8 @@ from tracked.address import normalise_uri
 from tracked.spool import open_outbox
 
 _SENDER = "sender"
+_LOGS = {"train", "resume", "fork", "sweep"}
+"""Commands that have a sender; one that they find alive they need not start, and pay its imports."""
 _HANGS = 150.0
 """After so many seconds a command is taken to hang; the first of a checkout reads PyTorch from a cold disk."""
 
@@ -86,7 +88,9 @@ class Nursery:
             self._tell({"end": True})
 
     def start(self, workplace: Workplace, *args: str | Path, env: Mapping[str, str] | None = None) -> Trainer:
-        """Run a command in a workplace without waiting."""
+        """Run a command in a workplace without waiting; a sender is alive already where it logs to one of its runs."""
+        if args[0] in _LOGS and workplace.tracking_uri and not workplace.sender_pids():
+            self.start_sender(workplace, env)
         output = workplace.path / f"output-{len(list(workplace.path.glob('output-*')))}.out"
         (workplace.path / "mlruns").mkdir(exist_ok=True)
         output.touch()

@@ -133,8 +133,6 @@ class Workplace:
     ) -> Result:
         """Run a command to its end, forked by the nursery if there is one; with `check`, it must exit with 0."""
         if self.nursery is not None and args:
-            if args[:1] in (("train",), ("resume",), ("fork",)) and not self.sender_pids():
-                self.nursery.start_sender(self, env)
             return self.nursery.run(self, *map(str, args), check=check, env=env, seconds=timeout)
         process = self.start(*args, env=env)
         stdout, stderr = process.communicate(timeout=timeout)

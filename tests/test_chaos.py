@@ -75,7 +75,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterato
     workplace = Workplace(path, server.uri, {"TRACKED_SENDER_IDLE": "30"})
     try:
         workplace.experiment(EXPERIMENT)
-        nursery.start_sender(workplace)
         server.wait_until_healthy()
         result = nursery.run(workplace, "train", "experiment.py", *LINE, "--json")
         run_id = result.json["run_id"]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def table() -> dict[str, int]:
     return {module: row for row, line in enumerate(ROWS.split("\n")) for module in line.split()}
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """All modules of the package but `__init__`, which only names where things are."""
     files = (path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -83,7 +83,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[
     path = tmp_path_factory.mktemp("lab")
     workplace = Workplace(path, f"sqlite:///{path}/mlruns/mlflow.db", {"TRACKED_SENDER_IDLE": "30"})
     workplace.experiment(EXPERIMENT)
-    nursery.start_sender(workplace)
     yield workplace
     workplace.close()
 
@@ -204,7 +203,6 @@ def test_a_sender_killed_at_a_named_point_loses_nothing_and_sends_nothing_twice(
         lock.release()
         sender = nursery.start_sender(workplace, {"TRACKED_FAILPOINT": point})
         assert sender.wait().returncode == -signal.SIGKILL
-        nursery.start_sender(workplace)
         handle = local_handle(result.stderr)
         # Delivers what is in the spool, finds the run complete, and leaves.
         result = nursery.run(workplace, "resume", handle)
@@ -220,7 +218,6 @@ def test_a_sender_killed_before_it_deletes_a_delivered_journal_leaves_the_run_fi
     workplace = Workplace(tmp_path, f"sqlite:///{tmp_path}/mlruns/mlflow.db")
     workplace.experiment(EXPERIMENT)
     try:
-        nursery.start_sender(workplace)
         run_id = nursery.run(workplace, "train", "experiment.py", "--epochs", "1", "--json").json["run_id"]
         workplace.end_senders()
         sender = nursery.start_sender(workplace, {"TRACKED_FAILPOINT": "sender.before-delete"})
@@ -243,7 +240,6 @@ def test_everything_killed_at_once_and_the_spool_lost_resumes_from_the_server_al
         workplace.experiment(EXPERIMENT)
     try:
         nursery.start_sender(here, {"TRACKED_HEARTBEAT": "60"})
-        nursery.start_sender(elsewhere)
         line = ["train", "experiment.py", "die=step 21", "points=10", "committed=8", *LINE]
         handle = killed(nursery.start(here, *line, env={"TRACKED_HEARTBEAT": "60"}))
         run_id = run_id_of(here, handle)

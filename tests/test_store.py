@@ -24,44 +24,49 @@ from mlflow.store.tracking.rest_store import RestStore
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.credentials import get_default_host_creds
 
+from tests.nursery import Nursery
 from tests.processes import Workplace, wait_until
 from tests.servers import Answer, FakeFront, MlflowServer, Request, _Rule
 from tracked import calls
 from tracked.errors import TrackedError
 from tracked.logged_run import LoggedRun
+from tracked.spool import read_json
 from tracked.store import ReadTimeout, TrackingStore, tracking_store
 
 NOW = 1_700_000_000_000
 
 
-def opened(uri: str, folder: Path) -> Iterator[TrackingStore]:
-    """A store with a spool and a sender of its own, which end with it."""
+def opened(uri: str, folder: Path, nursery: Nursery, **env: str) -> Iterator[TrackingStore]:
+    """A store with a spool and a sender of its own, which end with it; `env` is the sender's."""
     place = Workplace(folder, uri)
+    sender = nursery.start_sender(place, {"TRACKED_SENDER_IDLE": "600", **env})  # spares its imports
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACKED_SPOOL", str(place.spool))
         patch.setenv("TRACKED_SENDER_IDLE", "600")
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
         store = tracking_store(f"tracked+{uri}")
-        store._calls.ensure_sender()
         yield store
     del calls._everywhere[:]
     # Its thread would start another sender in place of the one that is ended here.
     store._calls._finished = True
     if store._calls._thread:
         store._calls._thread.join()
+    assert "Traceback" not in sender.errors
     assert_no_sender_has_died(place)
     place.close()
 
 
 def assert_no_sender_has_died(place: Workplace) -> None:
     """Another takes its place, so nothing else would show it."""
-    for outbox in place.outboxes():
-        assert "Traceback" not in (outbox.path / "sender.log").read_text()
+    for log in place.spool.glob("*/*/sender.log"):
+        assert "Traceback" not in log.read_text()
 
 
 @pytest.fixture(scope="module")
-def store(server_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
-    yield from opened(server_uri, tmp_path_factory.mktemp("calls"))
+def store(
+    server_uri: str, tmp_path_factory: pytest.TempPathFactory, nursery: Nursery
+) -> Iterator[TrackingStore]:
+    yield from opened(server_uri, tmp_path_factory.mktemp("calls"), nursery)
 
 
 @pytest.fixture
@@ -72,8 +77,8 @@ def front(server_uri: str) -> Iterator[FakeFront]:
 
 
 @pytest.fixture
-def behind_front(front: FakeFront, tmp_path: Path) -> Iterator[TrackingStore]:
-    yield from opened(front.uri, tmp_path)
+def behind_front(front: FakeFront, tmp_path: Path, nursery: Nursery) -> Iterator[TrackingStore]:
+    yield from opened(front.uri, tmp_path, nursery)
 
 
 @pytest.fixture
@@ -412,8 +417,12 @@ def test_a_full_disk_is_told_where_something_is_read_and_at_the_end(
         store.log_metric(run_id, Metric("loss", 1.0, NOW, 1))
         with pytest.raises(ReadTimeout, match=r"in memory alone: .*No space left on device"):
             store.get_run(run_id)
+        began = time.monotonic()
         store._calls.finish()
-        assert f"what was logged last to run {run_id} is lost" in capsys.readouterr().err
+        assert time.monotonic() - began < 5, "for what no sender can see nothing waits"
+        told = capsys.readouterr().err
+        assert f"what was logged last to run {run_id} is lost" in told
+        assert "sync" not in told
 
     assert store.get_run(run_id).data.metrics == {"loss": 1.0}
 
@@ -497,18 +506,19 @@ def test_what_was_delivered_without_an_answer_takes_effect_once(
 
 
 def test_a_sender_that_is_killed_before_it_takes_note_sends_nothing_twice(
-    tmp_path: Path, server_uri: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server_uri: str, nursery: Nursery
 ) -> None:
-    monkeypatch.setenv("TRACKED_FAILPOINT", "sender.before-acknowledge")
-    for store in opened(server_uri, tmp_path):
+    for store in opened(server_uri, tmp_path, nursery, TRACKED_FAILPOINT="sender.before-acknowledge"):
+        lock = store._calls.outbox.sender_lock
+        first = read_json(lock)["pid"]
         run_id = new_run(store)
-        monkeypatch.delenv("TRACKED_FAILPOINT")  # of the next sender
         for step in range(50):
             store.log_metric(run_id, Metric("loss", 1.0, NOW + step, 0))
 
         store.get_run(run_id)
 
         assert history(server_uri, run_id) == [(0, NOW + step, 1.0) for step in range(50)]
+        assert read_json(lock)["pid"] != first
 
 
 def test_a_read_that_would_miss_what_was_written_waits_and_then_says_so(
@@ -802,9 +812,12 @@ def log_from_a_child(run_id: str, uri: str, steps: range) -> None:
 
 @pytest.mark.parametrize("process", [get_context("fork").Process, get_context("spawn").Process])
 def test_processes_that_a_program_starts_write_to_its_run_too(
-    server_uri: str, tmp_path: Path, process: Callable[..., ForkProcess | SpawnProcess]
+    server_uri: str,
+    tmp_path: Path,
+    nursery: Nursery,
+    process: Callable[..., ForkProcess | SpawnProcess],
 ) -> None:
-    for store in opened(server_uri, tmp_path):
+    for store in opened(server_uri, tmp_path, nursery):
         run_id = new_run(store)
         store.log_metric(run_id, Metric("loss", 1.0, NOW, 0))
         child = process(target=log_from_a_child, args=(run_id, f"tracked+{server_uri}", range(1, 20)))

@@ -539,13 +539,13 @@ def test_a_budget_of_epochs_is_overshot_by_less_than_a_worker_each(
 ) -> None:
     file = workplace.experiment(EXPERIMENT)
     line = (*GRID, *LINE, "pause=0.05", "--pruner", "none", "--workers", "2")
-    done = nursery.run(workplace, "sweep", file, *line, "--max-epochs-total", "5", check=False)
+    done = nursery.run(workplace, "sweep", file, *line, "--max-epochs-total", "4", check=False)
 
     parent, children = parent_and_children(workplace)
     trained = sum(run.data.metrics.get("epoch", 0) for run in children.values())
-    assert 5 <= trained <= 6
+    assert 4 <= trained <= 5, "which no trials of three epochs add up to: one is half done"
     assert done.returncode == 75
-    again = nursery.run(workplace, "resume", parent.info.run_id, "--max-epochs-total", "5", check=False)
+    again = nursery.run(workplace, "resume", parent.info.run_id, "--max-epochs-total", "4", check=False)
     assert again.returncode == 75, "what is half done waits for a larger budget"
     nursery.run(workplace, "resume", parent.info.run_id)
     _, children = parent_and_children(workplace)

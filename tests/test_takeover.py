@@ -80,7 +80,6 @@ class Site:
         workplace = Workplace(path, self.uri, {"TRACKED_SENDER_IDLE": "30", **env})
         workplace.experiment(EXPERIMENT)
         self.machines.append(workplace)
-        self.nursery.start_sender(workplace)
         return workplace
 
     def training(self, machine: Workplace) -> tuple[Trainer, str, str]:

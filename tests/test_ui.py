@@ -73,7 +73,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory, server_uri: str, nursery: Nu
     line = ("experiments/digits.py", "batch_size=16", "--epochs", "3")
     ids = []
     try:
-        nursery.start_sender(place)
         for rate in RATES:
             is_killed = rate == RATES[1]
             name = f"lr {rate}, killed and resumed" if is_killed else f"lr {rate}"

@@ -20,7 +20,7 @@ from typing import Any
 
 from tracked import sender
 from tracked.errors import NotDelivered, SpoolError
-from tracked.journal import Journal, Place, Reader
+from tracked.journal import START, Journal, Place, Reader
 from tracked.packing import linked_records, records
 from tracked.place import Place as Destination
 from tracked.spool import Outbox, RunFolder, read_json
@@ -351,7 +351,7 @@ def _ends(folder: RunFolder) -> list[tuple[Path, Place]]:
 
 
 def _is_delivered(journal: Path, end: Place) -> bool:
-    cursor = read_json(journal / "cursor.json").get("points", (0, 0))
+    cursor = read_json(journal / "cursor.json").get("points", START)
     return tuple(cursor) >= end or not journal.exists()
 
 
