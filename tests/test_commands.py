@@ -486,12 +486,22 @@ def test_a_run_of_the_plugin_is_shown_with_the_line_that_goes_on_from_its_checkp
     (workplace.path / "my script.py").write_text(
         "import os; print(os.environ['MLFLOW_RUN_ID'], os.environ['MLFLOW_TRACKING_URI'])"
     )
+    client.log_text(run_id, "a state", "checkpoints/step-00000003/checkpoint-01234567.ckpt")
+    client.log_text(run_id, "{}", "checkpoints/step-00000003/manifest.json")
+    saved = place_of(workplace).outbox().called(run_id).checkpoints / "step-00000005"
+    saved.mkdir(parents=True)
+    (saved / "checkpoint-76543210.ckpt").write_text("the next")
 
-    [line] = inspection.look(place_of(workplace), run_id, silent).try_next
+    found = inspection.look(place_of(workplace), run_id, silent)
+    [line] = found.try_next
     process = workplace.start(*words_of(line))
     stdout, stderr = process.communicate(timeout=60)
     client.set_terminated(run_id)
 
+    assert [(each.step, each.bytes, each.where, each.committed) for each in found.checkpoints] == [
+        (3, len("a state"), ["server"], True),
+        (5, len("the next"), ["spool"], False),
+    ]
     assert stdout.split() == [run_id, f"tracked+{workplace.tracking_uri}"], stderr
     assert inspection.look(place_of(workplace), run_id, silent).try_next == []
 

@@ -361,6 +361,7 @@ def test_a_server_that_is_away_is_asked_again_later(tmp_path: Path) -> None:
 
 
 NO_MODELS = Answer(404, b"<title>404 Not Found</title>")
+NO_SUCH_MODEL = Answer(404, b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such model"}')
 
 
 @pytest.mark.parametrize(
@@ -369,6 +370,7 @@ NO_MODELS = Answer(404, b"<title>404 Not Found</title>")
         ("complex64", None, False),  # which MLflow cannot write into an example
         ("float32", {"answer": NO_MODELS}, False),  # an old server
         ("float32", {"answer": Answer(500, b"no"), "times": 2}, True),
+        ("float32", {"answer": NO_SUCH_MODEL, "times": 2}, True),
     ],
 )
 def test_whatever_becomes_of_the_model_its_run_ends(

@@ -229,14 +229,15 @@ BY_HAND = """
 def test_other_values_are_told_and_not_written_beside_the_first(workplace: Workplace) -> None:
     (workplace.path / "train.py").write_text(textwrap.dedent(BY_HAND))
     address = {"MLFLOW_TRACKING_URI": f"tracked+{workplace.tracking_uri}"}
-    # One of this package's own, one that lies below another, and one of another host: none of them is `last`.
+    # One of this package's own, those that lie below others, and one of another host: none of them is `last`.
     own, below = {"mlflow.tracked.handle": uuid.uuid4().hex}, {"mlflow.parentRunId": uuid.uuid4().hex}
     client = MlflowClient(workplace.tracking_uri)
     client.create_run("0", tags=own)
     killed = workplace.program("train.py", "die", env=address)
     stdout, _ = killed.communicate(timeout=200)
     run_id = stdout.split()[0]
-    client.create_run("0", tags={**below, "mlflow.tracked.host": host_name()})
+    for of_whom in (own, {}):
+        client.create_run("0", tags={**of_whom, **below, "mlflow.tracked.host": host_name()})
     client.create_run("0", tags={"mlflow.tracked.host": "elsewhere"})
 
     resumed = workplace.start("resume", "last", "--", sys.executable, "train.py", "other", env=address)

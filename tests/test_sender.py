@@ -788,5 +788,24 @@ def test_a_run_that_is_deleted_just_before_its_end_keeps_no_sender(post: Post, s
     assert "was deleted" in writing.trouble()
 
 
+def test_what_can_never_be_sent_as_it_is_keeps_no_sender(post: Post, server_uri: str) -> None:
+    client, gone = MlflowClient(server_uri), f"gone {uuid.uuid4().hex}"
+    client.delete_experiment(client.create_experiment(gone))
+    homeless = Writing(post.outbox.run(uuid.uuid4().hex), gone)
+    damaged = post.outbox.run(uuid.uuid4().hex)
+    damaged.make()
+    headless = Journal(damaged.path / "attempt-0001-00000000")
+    headless.append("points", pack([("loss", 1, 1, 0.5)]))
+    for journal in (homeless.journal, headless):
+        journal.close()
+    with post:
+        assert post.sender is not None
+        wait_until(post.sender._leaving.is_set, "the sender's leave")
+    assert "is damaged" in damaged.about["trouble"]
+    assert "was deleted" in homeless.trouble()
+    assert homeless.journal.folder.exists()
+    assert headless.folder.exists()
+
+
 def is_zombie(pid: int) -> bool:
     return ") Z " in Path(f"/proc/{pid}/stat").read_text()

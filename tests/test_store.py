@@ -405,9 +405,15 @@ def test_a_model_of_somebody_else_is_logged_to_while_the_server_is_away(
 
 
 def test_a_full_disk_is_told_where_something_is_read_and_at_the_end(
-    behind_front: TrackingStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    behind_front: TrackingStore,
+    front: FakeFront,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     store, run_id = behind_front, new_run(behind_front)
+    file = tmp_path / "state.txt"
+    file.write_text("state")
 
     def full(_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -417,6 +423,7 @@ def test_a_full_disk_is_told_where_something_is_read_and_at_the_end(
         store.log_metric(run_id, Metric("loss", 1.0, NOW, 1))
         with pytest.raises(ReadTimeout, match=r"in memory alone: .*No space left on device"):
             store.get_run(run_id)
+        LoggedRun(run_id, front.uri).save_checkpoint(file, 1)
         began = time.monotonic()
         store._calls.finish()
         assert time.monotonic() - began < 5, "for what no sender can see nothing waits"

@@ -12,7 +12,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -86,6 +88,11 @@ class _Writer:
             if close or time.monotonic() - self._written > LONGEST_IDLE_SECONDS:
                 self._journal.close()
                 self._journal = None
+
+    def holds_checkpoints(self) -> bool:
+        """Whether one that was saved is on its way to the server."""
+        # Where the disk refuses records, none may tell of it, and then nobody sends it.
+        return not self.trouble and _holds_checkpoints(self.folder)
 
     @staticmethod
     def _append(journal: Journal, entries: list[Entry]) -> bool:
@@ -169,9 +176,8 @@ class Calls:
                 )
         folders = self._undelivered() if run_id is None else [self.outbox.called(run_id)]
         waiting = [end for folder in folders for end in _ends(folder)]
-        seconds = read_timeout()
-        for journal, _ in self._await(waiting, seconds, 0.0 if run_id is None else sender.LONGEST_BACK_OFF):
-            folder = RunFolder(journal.parent)
+        seconds, of_deleted = read_timeout(), 0.0 if run_id is None else sender.LONGEST_BACK_OFF
+        for folder in self._await(partial(_behind, waiting), seconds, of_deleted):
             if _is_deleted(folder):
                 if run_id is None:
                     continue
@@ -189,27 +195,22 @@ class Calls:
             )
 
     def _await(
-        self, waiting: list[tuple[Path, Place]], seconds: float, of_deleted: float = 0.0
-    ) -> list[tuple[Path, Place]]:
-        """Those of the journals that have not been delivered up to their place after so many seconds.
+        self, late: Callable[[], list[RunFolder]], seconds: float, of_deleted: float = 0.0
+    ) -> list[RunFolder]:
+        """The runs that are still late after so many seconds.
 
         Where all that is left is of deleted runs, after `of_deleted` seconds: one may have been restored just now.
         """
         began = time.monotonic()
-        deadline = began + seconds
         urged = 0.0
-        while waiting := [each for each in waiting if not _is_delivered(*each)]:
+        while waiting := late():
             now = time.monotonic()
-            if now > deadline:
-                break
-            if now - began > of_deleted and all(
-                _is_deleted(RunFolder(journal.parent)) for journal, _ in waiting
-            ):
+            if now > began + seconds or (now > began + of_deleted and all(map(_is_deleted, waiting))):
                 break
             if now - urged > LOOK_AFTER_SECONDS:
                 urged = now
-                for folder in {journal.parent for journal, _ in waiting}:
-                    RunFolder(folder).want()
+                for folder in waiting:
+                    folder.want()
                 self.ensure_sender()
             time.sleep(_POLL_SECONDS)
         return waiting
@@ -279,28 +280,29 @@ class Calls:
             return
         self.flush(close=True)
         writers = [writer for writer in self._writers.values() if writer.undelivered]
-        folders = [writer.folder for writer in writers]
-        waiting = [end for folder in folders for end in _ends(folder)]
-        deadline = time.monotonic() + drain_timeout()
+        waiting = [end for writer in writers for end in _ends(writer.folder)]
+
+        def late() -> list[RunFolder]:
+            return [*_behind(waiting), *(each.folder for each in writers if each.holds_checkpoints())]
+
         with suppress(KeyboardInterrupt):
-            self._await(waiting, drain_timeout())
-            while any(map(_holds_checkpoints, folders)) and time.monotonic() < deadline:
-                time.sleep(_POLL_SECONDS)
+            self._await(late, drain_timeout())
         for writer in self._writers.values():
             _tell_rejected(writer)
-        for writer, folder in zip(writers, folders, strict=True):
+        for writer in writers:
+            folder = writer.folder
             writer.undelivered = False  # a child of `multiprocessing` comes here twice
             if writer.trouble:
                 sys.stderr.write(
                     f"tracked: what was logged last to run {folder.handle} is lost: {writer.trouble}\n"
                 )
-            late = [journal for journal, _ in _ends(folder)]
-            if not late and not _holds_checkpoints(folder):
+            behind = [journal for journal, _ in _ends(folder)]
+            if not behind and not writer.holds_checkpoints():
                 continue
             trouble = folder.about.get("trouble")
             sys.stderr.write(
                 f"tracked: what was logged to run {folder.handle} is not all delivered"
-                f"{f' ({trouble})' if trouble else ''}; it is kept in {late[0] if late else folder.path}\n"
+                f"{f' ({trouble})' if trouble else ''}; it is kept in {behind[0] if behind else folder.path}\n"
                 "  try: python -m tracked.run sync\n"
             )
 
@@ -348,6 +350,12 @@ def _ends(folder: RunFolder) -> list[tuple[Path, Place]]:
         if not _is_delivered(journal, end):
             found.append((journal, end))
     return found
+
+
+def _behind(waiting: list[tuple[Path, Place]]) -> list[RunFolder]:
+    """The runs of the journals that have not been delivered up to their place; the others are taken off the list."""
+    waiting[:] = [each for each in waiting if not _is_delivered(*each)]
+    return [RunFolder(journal.parent) for journal, _ in waiting]
 
 
 def _is_delivered(journal: Path, end: Place) -> bool:

@@ -217,7 +217,7 @@ class Delivery:
             if first is None:
                 return {}
             if first.kind != "start":
-                raise ServerError(
+                raise ServerRefused(
                     f"the first record of {self.folder} is damaged, so its run is not known",
                     try_next="python -m tracked.run list, for the run's other attempts; the folder is kept",
                 )
@@ -427,6 +427,10 @@ class Delivery:
                 self._model_tries += 1
                 may_pass = isinstance(error, (ServerUnavailable, NoSuchRun, OSError))
                 if may_pass and self._model_tries < _MODEL_TRIES:
+                    if isinstance(
+                        error, NoSuchRun
+                    ):  # of the model: the run is there, and so stays its sender
+                        raise ServerUnavailable(error.found) from error
                     raise
                 # The run's end waits behind the model.
                 self._reject("model", body, error)
@@ -592,7 +596,9 @@ class Delivery:
         return True
 
     def _close(self) -> None:
-        """Delete the journal; from here on nothing is told of it."""
+        """Delete the journal; from here on nothing is told of it, nor of what was in its way."""
+        if self.run.about.get("trouble"):
+            self.tell(trouble="")
         with self._about_lock:
             self._is_closed = True
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -23,7 +23,6 @@ from tracked.names import (
     DIVERGED_AT,
     EXACT,
     EXPERIMENT_FILE,
-    FILE,
     FORK,
     HANDLE,
     HEARTBEAT,
@@ -404,7 +403,9 @@ def listing(
         )
     if state is not None:
         views = [
-            view for view in views if true_state(view, kept_of(place, view, local)).partition(" ")[0] == state
+            view
+            for view in views
+            if true_state(view, local.get(view.tags.get(HANDLE, ""), [])).partition(" ")[0] == state
         ]
     if sort_by is None:
         views.sort(key=lambda view: -view.start_time)
@@ -495,15 +496,16 @@ def look(place: Place, word: str, say: Say) -> Details:
     if view.status:
         best = _best(server, [view], exactly=True).get(view.run_id)
         on_server = {
-            step: server.sizes(view.run_id, f"checkpoints/{name}").get(FILE, 0)
+            step: _size(server.sizes(view.run_id, f"checkpoints/{name}"))
             for name in server.directories(view.run_id, "checkpoints")
             if (step := step_of(name)) is not None
         }
     in_spool = {
-        step: (path / FILE).stat().st_size
+        step: size
         for run in local
         for path in run.checkpoints.glob("step-*")
-        if (step := step_of(path.name)) is not None and (path / FILE).is_file()
+        if (step := step_of(path.name)) is not None
+        and (size := _size({file.name: file.stat().st_size for file in path.iterdir()}))
     }
     committed = object_in(view.tags.get(CHECKPOINT)).get("step", -1)
     checkpoints = [
@@ -543,6 +545,11 @@ def look(place: Place, word: str, say: Say) -> Details:
         trials=[glance(child) for child in children(server, view.run_id)] if sweep and view.status else [],
         compared_by={name: sweep["settings"][name] for name in ("monitor", "mode")} if sweep else {},
     )
+
+
+def _size(files: Mapping[str, int]) -> int:
+    """Bytes of a checkpoint, whatever its file is called, from the sizes of what lies in its folder."""
+    return sum(size for name, size in files.items() if name != MANIFEST)
 
 
 def _try_next(server: Server, view: RunView, run: Summary) -> list[str]:

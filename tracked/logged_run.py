@@ -193,8 +193,11 @@ def find(place: Place, word: str, say: Callable[[str], None]) -> RunView:
 def _newest(server: Server) -> RunView:
     from tracked.attempts import find_run
 
-    of_others = server.search(filter=f"tags.`{HOST}` = '{host_name()}'", limit=_LOOKED_THROUGH)
-    found = [view for view in of_others if PARENT not in view.tags] + server.search(filter=OURS, limit=1)
+    of_others = f"tags.`{HOST}` = '{host_name()}'"
+    looked_at = [
+        view for only in (of_others, OURS) for view in server.search(filter=only, limit=_LOOKED_THROUGH)
+    ]
+    found = [view for view in looked_at if PARENT not in view.tags]
     return max(found, key=lambda view: view.start_time) if found else find_run(server, "last")
 
 

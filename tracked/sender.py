@@ -23,7 +23,7 @@ from tracked import children
 from tracked.address import redact
 from tracked.call_delivery import CallDelivery
 from tracked.delivery import REQUEST_SECONDS, Delivery
-from tracked.errors import NoSuchRun, RunDeleted, ServerRefused, TrackedError
+from tracked.errors import NoSuchRun, RunDeleted, ServerRefused, TrackedError, UsageError
 from tracked.spool import Lock, Outbox, is_held
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Sender:
         text = error.found if isinstance(error, TrackedError) else str(error)
         with contextlib.suppress(OSError):  # a disk that is full, or a folder that is gone
             delivery.tell(trouble=redact(text)[:300], deleted=isinstance(error, RunDeleted))
-        if not isinstance(error, ServerRefused | NoSuchRun):
+        if not isinstance(error, ServerRefused | NoSuchRun | UsageError):
             return
         self._refused.add(delivery.run.path)
         current = self._current()
