@@ -427,9 +427,8 @@ class Delivery:
                 self._model_tries += 1
                 may_pass = isinstance(error, (ServerUnavailable, NoSuchRun, OSError))
                 if may_pass and self._model_tries < _MODEL_TRIES:
-                    if isinstance(
-                        error, NoSuchRun
-                    ):  # of the model: the run is there, and so stays its sender
+                    if isinstance(error, NoSuchRun):
+                        # The model is not found; the run was, just now, so this is no reason for its sender to leave.
                         raise ServerUnavailable(error.found) from error
                     raise
                 # The run's end waits behind the model.

@@ -402,6 +402,7 @@ def listing(
             try_next="python -m tracked.run show last, which names the metrics of a run",
         )
     if state is not None:
+        # Of other code's runs the server alone tells the state, so the spool is not searched for all of them.
         views = [
             view
             for view in views
